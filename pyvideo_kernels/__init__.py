@@ -1,0 +1,68 @@
+"""GPU kernels for the hot path of video diffusion models, as drop-in torch ops.
+
+Importing this package imports torch and nothing else; Triton, diffusers and the compiled extension load on
+first need. Public names resolve lazily:
+
+    import pyvideo_kernels as pv
+    y = pv.layer_norm_modulate(x, scale, shift)      # one op
+    report = pv.accelerate(pipe)                     # a diffusers pipeline, in place
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. A name is imported when it is first read.
+_EXPORTS = {
+    "layer_norm_modulate": "pyvideo_kernels.ops.layer_norm_modulate",
+    "gate_residual": "pyvideo_kernels.ops.gate_residual",
+    "gate_residual_norm_modulate": "pyvideo_kernels.ops.gate_residual_norm_modulate",
+    "rms_norm": "pyvideo_kernels.ops.rms_norm",
+    "qk_norm_rope": "pyvideo_kernels.ops.qk_norm_rope",
+    "qk_norm_rope_": "pyvideo_kernels.ops.qk_norm_rope",
+    "patch_embed3d": "pyvideo_kernels.ops.patch_embed3d",
+    "final_layer": "pyvideo_kernels.ops.final_layer",
+    "spacetime_attention": "pyvideo_kernels.ops.spacetime_attention",
+    "rms_norm_silu": "pyvideo_kernels.ops.rms_norm_silu",
+    "causal_conv3d": "pyvideo_kernels.ops.causal_conv3d",
+    "guidance_step": "pyvideo_kernels.ops.guidance_step",
+    "unipc_step": "pyvideo_kernels.ops.unipc_step",
+    "accelerate": "pyvideo_kernels.integrations",
+    "restore": "pyvideo_kernels.integrations",
+    "Report": "pyvideo_kernels.integrations",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from .integrations import Report as Report
+    from .integrations import accelerate as accelerate
+    from .integrations import restore as restore
+    from .ops.causal_conv3d import causal_conv3d as causal_conv3d
+    from .ops.final_layer import final_layer as final_layer
+    from .ops.gate_residual import gate_residual as gate_residual
+    from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate as gate_residual_norm_modulate
+    from .ops.guidance_step import guidance_step as guidance_step
+    from .ops.layer_norm_modulate import layer_norm_modulate as layer_norm_modulate
+    from .ops.patch_embed3d import patch_embed3d as patch_embed3d
+    from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
+    from .ops.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_
+    from .ops.rms_norm import rms_norm as rms_norm
+    from .ops.rms_norm_silu import rms_norm_silu as rms_norm_silu
+    from .ops.spacetime_attention import spacetime_attention as spacetime_attention
+    from .ops.unipc_step import unipc_step as unipc_step
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pyvideo_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,27 @@
+"""Argument checks that several ops share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import bad_shape, check_tensor
+
+
+def check_modulation(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Each given tensor is ``[B, 1, D]`` (or ``[1, 1, D]``) per batch, or ``[B, S, D]`` per token, for ``x [B, S, D]``."""
+    b, s, d = x.shape
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_tensor(op, name, tensor, ndim=3)
+        if tensor.shape[2] != d or tensor.shape[1] not in (1, s) or tensor.shape[0] not in (1, b):
+            bad_shape(op, name, f"[{b}, 1, {d}] or [{b}, {s}, {d}] for `x` {list(x.shape)}", tensor)
+
+
+def check_vector(op: str, length: int, **tensors: Tensor | None) -> None:
+    """Each given tensor is ``[length]``."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(op, name, tensor, ndim=1)
+            if tensor.shape[0] != length:
+                bad_shape(op, name, f"[{length}]", tensor)

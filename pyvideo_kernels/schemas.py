@@ -1,0 +1,305 @@
+"""Every op's schema, fake and implementations in one table: the contract.
+
+A row names the op, its torch schema (no defaults: the public function in ``ops/`` supplies them), the fake that
+mirrors what an implementation allocates, and where each implementation lives as ``"module:function"``, loaded on
+first use. Every implementation takes the schema's arguments without the trailing ``impl``. Importing this module
+registers the ops under ``torch.ops.pyvideo``; it imports torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "pyvideo"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the contract."""
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    impls: Mapping[str, str]
+    # Arguments that may receive a gradient, in schema order; empty: the op has no backward.
+    differentiable: tuple[str, ...] = ()
+    # Order in which ``impl="auto"`` tries implementations, by device type; absent: dispatch.AUTO_ORDER.
+    auto: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Argument names in schema order, ``impl`` included."""
+        inner = self.schema[1 : self.schema.index(")", self.schema.rindex("str impl"))]
+        return tuple(part.split()[-1] for part in inner.split(", "))
+
+    def bind(self, **kwargs: Any) -> tuple[Any, ...]:
+        """Positional arguments for an implementation (without ``impl``) from keywords."""
+        names = self.arguments[:-1]
+        unknown = set(kwargs) - set(names)
+        missing = set(names) - set(kwargs)
+        if unknown or missing:
+            raise TypeError(f"{self.name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+        return tuple(kwargs[name] for name in names)
+
+
+def _impls(name: str, *kinds: str, home: str | None = None) -> dict[str, str]:
+    """Where the implementations of ``name`` live; ``home`` if it shares another op's files."""
+    home = home or name
+    places = {
+        "reference": f"pyvideo_kernels.reference.{home}:{name}",
+        "triton": f"pyvideo_kernels.kernels.{home}:{name}",
+        "cpu": f"pyvideo_kernels._native:{name}",
+        "cuda": f"pyvideo_kernels._native:{name}",
+        "sdpa": f"pyvideo_kernels.ops.{home}:{name}_sdpa",
+    }
+    return {kind: places[kind] for kind in ("reference", *kinds)}
+
+
+# Fakes. They allocate with new_empty(shape): empty_like would copy permuted strides. ----------------------------
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _like_first_twice(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _qk_norm_rope(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int], impl: str) -> Tensor:
+    b, _, t, h, w = video.shape
+    return video.new_empty((b, (t // patch[0]) * (h // patch[1]) * (w // patch[2]), weight.shape[0]))
+
+
+def _final_layer(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Any,
+    grid: Any,
+    patch: Any,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    channels = weight.shape[0] // (patch[0] * patch[1] * patch[2])
+    return x.new_empty((x.shape[0], channels, grid[0] * patch[0], grid[1] * patch[1], grid[2] * patch[2]))
+
+
+def _spacetime_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse = rest[-3]
+    b, s, heads, _ = q.shape
+    lse_shape = (b, heads, s) if return_lse else (0,)
+    return q.new_empty((b, s, heads, v.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    cache: Any,
+    stride: Sequence[int],
+    pad_mode: str,
+    residual: Any,
+    impl: str,
+) -> Tensor:
+    b, t, h, w, _ = x.shape
+    o, _, _kt, kh, kw = weight.shape
+    # Padding is kt-1 frames of past and k//2 pixels a side, so the output has ceil(n / stride) for odd k.
+    t, h, w = ((t - 1) // stride[0] + 1, (h + 2 * (kh // 2) - kh) // stride[1] + 1,
+               (w + 2 * (kw // 2) - kw) // stride[2] + 1)  # fmt: skip
+    return x.new_empty((b, t, h, w, o))
+
+
+def _unipc_step(sample: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return sample.new_empty(sample.shape), sample.new_empty(sample.shape), sample.new_empty(sample.shape)
+
+
+_ROPE = (
+    "Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
+    "str norm, str norm_type, str layout, int rotary_start, int rotary_stop, float eps, str impl"
+)
+
+_ROWS: tuple[Op, ...] = (
+    Op(
+        "layer_norm_modulate",
+        "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, str impl) -> Tensor",
+        _like_first,
+        _impls("layer_norm_modulate", "triton", "cpu"),
+        differentiable=("x", "scale", "shift", "weight", "bias"),
+    ),
+    Op(
+        "gate_residual",
+        "(Tensor x, Tensor y, Tensor? gate, str impl) -> Tensor",
+        _like_first,
+        _impls("gate_residual", "triton", "cpu"),
+        differentiable=("x", "y", "gate"),
+    ),
+    Op(
+        "gate_residual_norm_modulate",
+        "(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, "
+        "str impl) -> (Tensor, Tensor)",
+        _like_first_twice,
+        _impls("gate_residual_norm_modulate", "triton", "cpu"),
+        differentiable=("x", "y", "gate", "scale", "shift", "weight", "bias"),
+    ),
+    Op(
+        "rms_norm",
+        "(Tensor x, Tensor? weight, float eps, str impl) -> Tensor",
+        _like_first,
+        _impls("rms_norm", "triton", "cpu"),
+        differentiable=("x", "weight"),
+    ),
+    Op(
+        "qk_norm_rope",
+        f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
+        _qk_norm_rope,
+        _impls("qk_norm_rope", "triton"),
+        differentiable=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
+    ),
+    Op(
+        "qk_norm_rope_",
+        f"(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
+        _nothing,
+        _impls("qk_norm_rope_", "triton", home="qk_norm_rope"),
+    ),
+    Op(
+        "patch_embed3d",
+        "(Tensor video, Tensor weight, Tensor? bias, int[] patch, str impl) -> Tensor",
+        _patch_embed3d,
+        _impls("patch_embed3d", "triton"),
+        differentiable=("video", "weight", "bias"),
+    ),
+    Op(
+        "final_layer",
+        "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] grid, int[] patch, float eps, "
+        "str impl) -> Tensor",
+        _final_layer,
+        _impls("final_layer", "triton"),
+        differentiable=("x", "scale", "shift", "weight", "bias"),
+    ),
+    Op(
+        "spacetime_attention",
+        "(Tensor q, Tensor k, Tensor v, int[] grid, int[]? window, int[] stride, bool causal_time, int text_len, "
+        "str text_side, Tensor? kv_lens, float scale, bool return_lse, str precision, str impl) "
+        "-> (Tensor, Tensor)",
+        _spacetime_attention,
+        _impls("spacetime_attention", "triton", "sdpa"),
+        # Dense attention is handed to the library's kernel until ours is measured to be faster on a card.
+        auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+    ),
+    Op(
+        "rms_norm_silu",
+        "(Tensor x, Tensor weight, float eps, bool silu, str impl) -> Tensor",
+        _like_first,
+        _impls("rms_norm_silu", "triton", "cpu"),
+    ),
+    Op(
+        "causal_conv3d",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int[] stride, str pad_mode, Tensor? residual, "
+        "str impl) -> Tensor",
+        _causal_conv3d,
+        _impls("causal_conv3d", "triton"),
+    ),
+    Op(
+        "guidance_step",
+        "(Tensor latent, Tensor cond, Tensor? uncond, float guidance_scale, float sigma, float sigma_next, "
+        "str impl) -> Tensor",
+        _like_first,
+        _impls("guidance_step", "triton", "cpu", "cuda"),
+    ),
+    Op(
+        "unipc_step",
+        "(Tensor sample, Tensor cond, Tensor? uncond, Tensor? last_sample, Tensor[] history, float guidance_scale, "
+        "float sigma, float[] corrector, float[] predictor, str impl) -> (Tensor, Tensor, Tensor)",
+        _unipc_step,
+        _impls("unipc_step", "triton"),
+    ),
+)
+
+
+def _backward_row(op: Op) -> Op:
+    """The op ``<name>_backward``: gradients of the arguments marked in ``needs``, in ``differentiable`` order."""
+
+    def fake(grads: Any, *args: Any) -> list[Tensor]:
+        values = dict(zip(op.arguments[:-1], args[:-2], strict=True))
+        wanted = [n for n, need in zip(op.differentiable, args[-2], strict=True) if need]
+        return [values[name].new_empty(values[name].shape) for name in wanted]
+
+    arguments = op.schema[1 : op.schema.index(", str impl)")]
+    return Op(
+        f"{op.name}_backward",
+        f"(Tensor?[] grads, {arguments}, bool[] needs, str impl) -> Tensor[]",
+        fake,
+        {"reference": f"pyvideo_kernels.reference.{op.name}:{op.name}_backward"},
+    )
+
+
+OPS: dict[str, Op] = {row.name: row for row in _ROWS}
+# Backwards with a Triton kernel: listed here, the rest run the closed form in torch.
+_TRITON_BACKWARDS: tuple[str, ...] = ()
+
+
+def _register_autograd(op: Op) -> None:
+    names = op.arguments[:-1]
+    slots = [names.index(name) for name in op.differentiable]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *args, ctx.impl = inputs
+        ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)])
+        ctx.template = tuple(None if isinstance(a, Tensor) else (a,) for a in args)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if slot is None else slot[0] for slot in ctx.template]
+        needs = [bool(ctx.needs_input_grad[i]) and args[i] is not None for i in slots]
+        # An explicit implementation is kept where the backward has it; the closed form serves the rest.
+        impl = ctx.impl if ctx.impl in OPS[f"{op.name}_backward"].impls else "auto"
+        function = getattr(torch.ops.pyvideo, f"{op.name}_backward")
+        results = iter(function(list(grads), *args, needs, impl))
+        out: list[Tensor | None] = [None] * (len(names) + 1)
+        for i, need in zip(slots, needs, strict=True):
+            out[i] = next(results) if need else None
+        return tuple(out)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op.name}", backward, setup_context=setup_context, lib=_LIB)
+
+
+_LIB = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _register(op: Op) -> None:
+    from .dispatch import run
+
+    def kernel(*args: Any) -> Any:
+        return run(op, args)
+
+    _LIB.define(op.name + op.schema)
+    for key in ("CPU", "CUDA"):
+        _LIB.impl(op.name, kernel, key)
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIB)
+
+
+for _row in _ROWS:
+    _register(_row)
+    if _row.differentiable:
+        _back = _backward_row(_row)
+        if _row.name in _TRITON_BACKWARDS:
+            _back = Op(_back.name, _back.schema, _back.fake,
+                       {**_back.impls, "triton": f"pyvideo_kernels.kernels.{_row.name}:{_back.name}"})  # fmt: skip
+        OPS[_back.name] = _back
+        _register(_back)
+        _register_autograd(_row)

@@ -1,0 +1,32 @@
+"""Shared fixtures. Triton is interpreted here; the ahead-of-time checks run it compiled, in their own process."""
+
+import os
+
+# Read by Triton when it is imported: must be set before any test imports a kernel. On a GPU it stays off.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory(request):
+    """Fill torch.empty with NaN, so that an element no kernel wrote is seen."""
+    if "ops" not in request.path.parts:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, none is present")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
