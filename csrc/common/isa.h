@@ -1,0 +1,15 @@
+// One source, several instruction sets: the wheel runs on any CPU of its architecture and uses what the machine has.
+#pragma once
+
+// A function marked PYVIDEO_CLONES is compiled once per level and chosen when the library is loaded (an ifunc, so the
+// call costs nothing extra). Everything it calls must be PYVIDEO_INLINE: an out-of-line helper would keep the
+// baseline instruction set.
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define PYVIDEO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__ELF__) && defined(__GLIBC__) && defined(__clang__) && __clang_major__ >= 16
+#define PYVIDEO_CLONES __attribute__((target_clones("avx512f,avx512bw,avx512vl", "avx2,fma", "default")))
+#else
+#define PYVIDEO_CLONES
+#endif
+
+#define PYVIDEO_INLINE inline __attribute__((always_inline))

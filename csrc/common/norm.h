@@ -1,0 +1,81 @@
+// The row arithmetic that the normalisation kernels share.
+#pragma once
+
+#include <cmath>
+
+#include "common/rows.h"
+
+namespace pyvideo {
+
+// (norm * weight + bias) * (1 + scale) + shift as one multiply and one add: norm * mul + add. Recomputed only when the
+// modulation row changes, which per-batch modulation does once a batch.
+struct Modulation {
+  Rows scale;
+  Rows shift;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+};
+
+struct ModulationRow {
+  float* mul;
+  float* add;
+  FloatRow scale;
+  FloatRow shift;
+  const char* scale_source = nullptr;
+  const char* shift_source = nullptr;
+  bool filled = false;
+
+  // `scratch` holds kScratch * n floats.
+  static constexpr int kScratch = 4;
+
+  PYVIDEO_INLINE ModulationRow(float* scratch, int64_t n)
+      : mul(scratch), add(scratch + n), scale{scratch + 2 * n}, shift{scratch + 3 * n} {}
+
+  PYVIDEO_INLINE void prepare(const Modulation& m, int64_t row, int64_t n) {
+    const char* new_scale = m.scale.data == nullptr ? nullptr : m.scale.row(row);
+    const char* new_shift = m.shift.data == nullptr ? nullptr : m.shift.row(row);
+    if (filled && new_scale == scale_source && new_shift == shift_source) {
+      return;
+    }
+    filled = true;
+    scale_source = new_scale;
+    shift_source = new_shift;
+    const float* s = scale.get(m.scale, row, n);
+    const float* t = shift.get(m.shift, row, n);
+    for (int64_t i = 0; i < n; ++i) {
+      mul[i] = m.weight == nullptr ? 1.0f : m.weight[i];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      add[i] = m.bias == nullptr ? 0.0f : m.bias[i];
+    }
+    if (s != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        mul[i] *= 1.0f + s[i];
+        add[i] *= 1.0f + s[i];
+      }
+    }
+    if (t != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        add[i] += t[i];
+      }
+    }
+  }
+};
+
+// out = (x - mean) * rsqrt(var + eps) * mul + add; two passes over a row that is in cache, so a large mean costs no
+// accuracy.
+template <class T>
+PYVIDEO_INLINE void layer_norm_row(const float* __restrict x, int64_t n, float eps, const float* __restrict mul,
+                                   const float* __restrict add, T* __restrict out) {
+  const float mean = sum(x, n) / static_cast<float>(n);
+  const float variance = sum_of_squares(x, mean, n) / static_cast<float>(n);
+  const float rstd = 1.0f / std::sqrt(variance + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = from_float<T>((x[i] - mean) * rstd * mul[i] + add[i]);
+  }
+}
+
+}  // namespace pyvideo

@@ -1,0 +1,121 @@
+"""Lazy door to the compiled extension ``pyvideo_kernels._C`` and its private ops ``torch.ops.pyvideo_native``.
+
+Importing this module imports torch alone; the extension is loaded on the first question about it. The public ops of
+namespace ``pyvideo`` reach the compiled kernels through the functions here (``_native.layer_norm_modulate``, ...),
+which raise ``UnsupportedError`` with the remedy where a kernel cannot serve a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError
+
+# Op -> devices that csrc/ has a kernel for, and the dtypes each takes.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_KERNELS: dict[str, tuple[str, ...]] = {
+    "layer_norm_modulate": ("cpu",),
+    "gate_residual": ("cpu",),
+    "gate_residual_norm_modulate": ("cpu",),
+    "rms_norm": ("cpu",),
+    "rms_norm_silu": ("cpu",),
+    "guidance_step": ("cpu", "cuda"),
+}
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The extension module, or None and one line that says why."""
+    try:
+        return importlib.import_module("pyvideo_kernels._C"), ""
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "pyvideo_kernels._C":
+            recorded = build_record().get("why_not")
+            return None, str(recorded or "the extension was not built (pip install --no-build-isolation -e .)")
+        return None, f"the extension does not load: {error}"
+
+
+def build_record() -> dict[str, Any]:
+    """What ``setup.py`` recorded when this copy was installed: compiler, CUDA architectures, why not more.
+
+    Empty for a plain checkout that nobody installed.
+    """
+    try:
+        return dict(json.loads((Path(__file__).parent / "_build_info.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, torch headers, CUDA architectures of the loaded binary and the CPU level it uses; empty without it."""
+    module, _ = _load()
+    return dict(module.build_info()) if module is not None else {}
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """Architectures with compiled CUDA kernels, e.g. ``("80", "90a")``."""
+    return tuple(arch for arch in build_info().get("cuda_archs", "").split(";") if arch)
+
+
+def available(device: str = "cpu") -> bool:
+    """Whether compiled kernels for ``"cpu"`` or ``"cuda"`` can be had."""
+    return not why_not(device)
+
+
+def why_not(device: str = "cpu") -> str:
+    """Why there are no compiled kernels for ``device``; empty if there are."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if device == "cuda" and not cuda_archs():
+        recorded = build_record().get("cuda_why_not")
+        return f"built without CUDA: {recorded or 'no architecture was asked for'}"
+    return ""
+
+
+def op(name: str, device: str = "cpu") -> Callable[..., Any]:
+    """The private op behind ``name``, or UnsupportedError with the remedy."""
+    if device not in _KERNELS.get(name, ()):
+        have = [n for n, devices in _KERNELS.items() if device in devices]
+        raise UnsupportedError(f"{name}: no compiled {device} kernel; there are {', '.join(have) or 'none'}")
+    reason = why_not(device)
+    if reason:
+        remedy = "make cuda" if device == "cuda" else "install a C++ compiler and reinstall pyvideo-kernels"
+        raise UnsupportedError(f"{name}: the compiled {device} kernel is missing: {reason}; {remedy}")
+    function: Callable[..., Any] = getattr(torch.ops.pyvideo_native, name).default
+    return function
+
+
+def _call(name: str, *args: Any) -> Any:
+    device = "cpu"
+    for arg in args:
+        if isinstance(arg, Tensor):
+            device = arg.device.type
+            break
+    function = op(name, device)
+    dtypes = _DTYPES[device]
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {arg.dtype}")
+    return function(*args)
+
+
+def __getattr__(name: str) -> Any:
+    """``_native.<op>``: the compiled kernel of an op, in the order of its schema without ``impl``."""
+    if name in _KERNELS:
+        function = functools.partial(_call, name)
+        globals()[name] = function
+        return function
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
