@@ -30,7 +30,7 @@ class BuildPy(build_py):
         """kernels/ has no __init__.py (it would shadow Hugging Face's package); the installed package has one."""
         modules = super().find_package_modules(package, package_dir)
         if package == KERNELS:
-            modules.append((package, "__init__", str(ROOT / "pyvideo_kernels" / "kernels" / "__init__.py")))
+            modules.append((package, "__init__", "pyvideo_kernels/kernels/__init__.py"))
         return modules
 
 

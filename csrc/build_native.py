@@ -272,7 +272,9 @@ def main() -> int:
     target = args.output / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     info = build(target, args.build_dir, args.cuda_archs, verbose=args.verbose)
     info.save(args.output)
-    print(f"built {target} (CUDA: {';'.join(info.cuda_archs) or 'no'})" if info.native else f"not built: {info.why_not}")
+    print(
+        f"built {target} (CUDA: {';'.join(info.cuda_archs) or 'no'})" if info.native else f"not built: {info.why_not}"
+    )
     return 0 if info.native else 1
 
 

@@ -46,7 +46,8 @@ inline Tensor new_contiguous(const Tensor& like) {
 // `t` seen as rows of the leading dimensions of `shape`, its dimensions of size 1 repeated. Ranks must agree.
 inline Rows rows_like(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
   const int64_t rank = static_cast<int64_t>(shape.size());
-  PYVIDEO_CHECK(rank >= 1 && rank <= kMaxDims, op, ": `", name, "` must have 1 to ", kMaxDims, " dimensions; got ", rank);
+  PYVIDEO_CHECK(rank >= 1 && rank <= kMaxDims, op, ": `", name, "` must have 1 to ", kMaxDims, " dimensions; got ",
+                rank);
   PYVIDEO_CHECK(t.is_cpu(), op, ": `", name, "` must be a CPU tensor");
   PYVIDEO_CHECK(t.dim() == rank, op, ": `", name, "` must have ", rank, " dimensions; got ", t.dim());
   PYVIDEO_CHECK(t.size(rank - 1) == shape.back(), op, ": `", name, "` must have a last dimension of ", shape.back(),

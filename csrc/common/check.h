@@ -16,9 +16,9 @@ template <class... Parts>
 
 }  // namespace pyvideo
 
-#define PYVIDEO_CHECK(condition, ...)       \
-  do {                                      \
-    if (!(condition)) {                     \
-      ::pyvideo::fail(__VA_ARGS__);         \
-    }                                       \
+#define PYVIDEO_CHECK(condition, ...) \
+  do {                                \
+    if (!(condition)) {               \
+      ::pyvideo::fail(__VA_ARGS__);   \
+    }                                 \
   } while (0)
