@@ -8,7 +8,7 @@ from ..errors import bad_shape, check_tensor
 
 
 def check_modulation(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """Each given tensor is ``[B, 1, D]`` (or ``[1, 1, D]``) per batch, or ``[B, S, D]`` per token, for ``x [B, S, D]``."""
+    """Each given tensor is ``[B, 1, D]`` per batch or ``[B, S, D]`` per token for ``x [B, S, D]``; B may be 1."""
     b, s, d = x.shape
     for name, tensor in tensors.items():
         if tensor is None:
