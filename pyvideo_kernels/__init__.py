@@ -26,6 +26,7 @@ _EXPORTS = {
     "patch_embed3d": "pyvideo_kernels.ops.patch_embed3d",
     "final_layer": "pyvideo_kernels.ops.final_layer",
     "spacetime_attention": "pyvideo_kernels.ops.spacetime_attention",
+    "merge_attention": "pyvideo_kernels.ops.spacetime_attention",
     "rms_norm_silu": "pyvideo_kernels.ops.rms_norm_silu",
     "causal_conv3d": "pyvideo_kernels.ops.causal_conv3d",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .ops.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_
     from .ops.rms_norm import rms_norm as rms_norm
     from .ops.rms_norm_silu import rms_norm_silu as rms_norm_silu
+    from .ops.spacetime_attention import merge_attention as merge_attention
     from .ops.spacetime_attention import spacetime_attention as spacetime_attention
     from .ops.unipc_step import unipc_step as unipc_step
 

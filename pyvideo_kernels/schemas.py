@@ -103,7 +103,8 @@ def _spacetime_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[T
     return_lse = rest[-3]
     b, s, heads, _ = q.shape
     lse_shape = (b, heads, s) if return_lse else (0,)
-    return q.new_empty((b, s, heads, v.shape[-1])), q.new_empty(lse_shape, dtype=torch.float32)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((b, s, heads, v.shape[-1])), q.new_empty(lse_shape, dtype=lse_dtype)
 
 
 def _causal_conv3d(
@@ -193,8 +194,8 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op(
         "spacetime_attention",
-        "(Tensor q, Tensor k, Tensor v, int[] grid, int[]? window, int[] stride, bool causal_time, int text_len, "
-        "str text_side, Tensor? kv_lens, float scale, bool return_lse, str precision, str impl) "
+        "(Tensor q, Tensor k, Tensor v, SymInt[] grid, int[]? window, int[] stride, bool causal_time, "
+        "SymInt text_len, str text_side, Tensor? kv_lens, float scale, bool return_lse, str precision, str impl) "
         "-> (Tensor, Tensor)",
         _spacetime_attention,
         _impls("spacetime_attention", "triton", "sdpa"),

@@ -1,0 +1,252 @@
+"""Attention over the tokens of a video, and the merge of partial results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import schemas as schemas  # registers torch.ops.pyvideo
+from ..errors import (
+    DTypeError,
+    UnsupportedError,
+    bad_option,
+    bad_shape,
+    check_last_dim_contiguous,
+    check_same_device,
+    check_tensor,
+    refuse_grad,
+)
+
+_OP = "spacetime_attention"
+
+
+def spacetime_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    window: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stride: Sequence[int] = (1, 1, 1),
+    causal_time: bool = False,
+    text_len: int = 0,
+    text_side: str = "suffix",
+    kv_lens: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    precision: str = "native",
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of every token of a (T, H, W) grid, with text tokens in the same launch.
+
+        out[i] = Σ_j exp(scale · q[i]·k[j] - lse[i]) v[j],   lse[i] = log Σ_j exp(scale · q[i]·k[j])
+
+    over the keys j that query i sees: all of them, or a neighbourhood on the grid (docs/ops/spacetime_attention.md).
+
+    Args:
+        q: ``[B, S, heads, head_dim]``, bf16/fp16/fp32 (fp64 by the reference and SDPA), ``S = T*H*W + text_len``,
+            video tokens in (T, H, W) order; last dim contiguous, any other strides (views of a packed QKV too).
+        k, v: ``[B, S, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``, and query head i uses
+            KV head ``i // (heads // kv_heads)``.
+        grid: tokens in (time, height, width).
+        window: keys a video query sees along each axis, ``(wt, wh, ww)`` or one row per head ``[heads, 3]``;
+            None: all (dense). A window larger than the grid means the whole axis. Reference only, so far.
+        stride: queries that share one window along each axis, at most ``window``. Reference only, so far.
+        causal_time: queries see frames up to their own. Reference only, so far.
+        text_len: text tokens in the sequence; video queries see them, and they see everything.
+        text_side: ``suffix`` (after the video) or ``prefix``.
+        kv_lens: ``[B]`` int32/int64, how many of the text tokens are valid as keys (the first ones), clamped to
+            ``[0, text_len]``; None: all.
+        scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
+        return_lse: also return ``lse``, natural logarithm, ``[B, heads, S]`` fp32 (fp64 for fp64 inputs).
+        precision: ``native``: products of the inputs' dtype, fp32 accumulation. Nothing else is built yet.
+        impl: ``auto``, ``reference``, ``triton`` or ``sdpa``; an explicit choice never falls back.
+    Returns:
+        ``[B, S, heads, head_dim]``, contiguous, dtype of ``q``; or ``(out, lse)``. A query with no key to see gives
+        zeros and an ``lse`` of -inf.
+    Raises:
+        ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
+        UnsupportedError: inputs that require grad, a precision or an option that this implementation has not.
+    Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic S and grid. head_dim ≤ 256 in Triton.
+    Numerics: error ≤ 2 × eager's own against float64. Deterministic: yes.
+    Source: Dao, "FlashAttention-2", arXiv:2307.08691; Hassani et al., "Generalized Neighborhood Attention",
+        arXiv:2504.16922.
+    """
+    _check_tensors(q, k, v)
+    heads = q.shape[2]
+    grid = _triple("grid", grid, minimum=0)
+    if not isinstance(text_len, (int, torch.SymInt)) or text_len < 0:
+        bad_option(_OP, "text_len", "an integer of at least 0", text_len)
+    if q.shape[1] != grid[0] * grid[1] * grid[2] + text_len:
+        bad_shape(_OP, "q", f"[B, T*H*W + text_len, heads, head_dim] for grid {grid} and text_len {text_len}", q)
+    if text_side not in ("suffix", "prefix"):
+        bad_option(_OP, "text_side", "'suffix' or 'prefix'", text_side)
+    if kv_lens is not None:
+        _check_kv_lens(kv_lens, q, text_len)
+    stride = _triple("stride", stride, minimum=1)
+    flat_window = _flatten_window(window, stride, heads)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    if not 0 < scale < math.inf:
+        bad_option(_OP, "scale", "a positive number", scale)
+    if precision in ("int8", "fp8"):
+        raise UnsupportedError(f"{_OP}: precision {precision!r} is not built yet; use precision='native'")
+    if precision != "native":
+        bad_option(_OP, "precision", "'native'", precision)
+    refuse_grad(_OP, q=q, k=k, v=v)
+    out, lse = torch.ops.pyvideo.spacetime_attention(
+        q, k, v, grid, flat_window, stride, causal_time, text_len, text_side, kv_lens, scale, return_lse, precision,
+        impl,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets, from the partial results over each of them.
+
+        lse = log Σ_p exp(lse_p),   out = Σ_p exp(lse_p - lse) out_p
+
+    Args:
+        outs: per part ``[B, S, heads, head_dim]``, one dtype.
+        lses: per part ``[B, heads, S]``, natural logarithm; -inf where the part had no key to see.
+    Returns:
+        ``(out, lse)``: dtype of the parts, and of their ``lse``; summed in fp32 (fp64 for fp64 parts) and rounded
+        once. Zeros and -inf where no part had a key. Differentiable.
+    Raises:
+        ShapeError, DTypeError, DeviceError, ValueOptionError: names the part, what was expected, what came.
+    Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv:2310.01889.
+    """
+    op = "merge_attention"
+    if len(outs) == 0 or len(outs) != len(lses):
+        bad_option(op, "lses", f"one for each of the outs ({len(outs)}, at least 1)", len(lses))
+    for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        check_tensor(op, f"outs[{index}]", out, ndim=4)
+        check_tensor(op, f"lses[{index}]", lse, ndim=3)
+        check_same_device(op, **{"outs[0]": outs[0], f"outs[{index}]": out, f"lses[{index}]": lse})
+        if out.shape != outs[0].shape:
+            bad_shape(op, f"outs[{index}]", f"{list(outs[0].shape)} like `outs[0]`", out)
+        if out.dtype != outs[0].dtype:
+            raise DTypeError(f"{op}: `outs[{index}]` must be {outs[0].dtype} like `outs[0]`; got {out.dtype}")
+        if lse.shape != (out.shape[0], out.shape[2], out.shape[1]):
+            bad_shape(op, f"lses[{index}]", f"[{out.shape[0]}, {out.shape[2]}, {out.shape[1]}]", lse)
+    dtype = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+    parts = torch.stack([lse.to(dtype) for lse in lses])
+    lse = torch.logsumexp(parts, 0)
+    # exp(-inf - -inf) is NaN: where no part saw a key, subtract 0 instead, and every weight is 0.
+    weights = torch.exp(parts - torch.where(lse == -math.inf, 0.0, lse))
+    total = torch.zeros(outs[0].shape, dtype=dtype, device=outs[0].device)
+    for weight, out in zip(weights.unbind(0), outs, strict=True):
+        # A part without keys may hold anything (0 * NaN is NaN).
+        scaled = weight.transpose(1, 2).unsqueeze(-1)
+        total = total + torch.where(scaled > 0, scaled * out.to(dtype), 0.0)
+    return total.to(outs[0].dtype), lse.to(lses[0].dtype)
+
+
+def spacetime_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int] | None,
+    stride: Sequence[int],
+    causal_time: bool,
+    text_len: int,
+    text_side: str,
+    kv_lens: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """``impl="sdpa"`` of the op: torch's ``scaled_dot_product_attention`` on transposed views."""
+    refuse_sparse("sdpa", window, causal_time, precision)
+    if return_lse:
+        raise UnsupportedError(f"{_OP}: impl 'sdpa' gives no lse; use impl='triton' or 'reference'")
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
+    if kv_lens is not None:
+        if q.device.type == "cuda":
+            raise UnsupportedError(f"{_OP}: impl 'sdpa' would leave its flash kernels for `kv_lens`; use impl='triton'")
+        if q.shape[1] == text_len:
+            raise UnsupportedError(f"{_OP}: impl 'sdpa' cannot mask every key of a row; use impl='reference'")
+        at = torch.arange(q.shape[1], device=q.device) - (0 if text_side == "prefix" else q.shape[1] - text_len)
+        masked = (at >= kv_lens.clamp(min=0)[:, None]) & (at < text_len)
+        options["attn_mask"] = ~masked[:, None, None, :]
+    if q.numel() == 0:
+        return q.new_empty(q.shape), q.new_empty((0,), dtype=torch.float32)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options
+    )
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    # The flash kernels write [B, S, heads, D] order, so this copies only what another backend laid out otherwise.
+    return out.transpose(1, 2).contiguous(), q.new_empty((0,), dtype=lse_dtype)
+
+
+def refuse_sparse(impl: str, window: Sequence[int] | None, causal_time: bool, precision: str) -> None:
+    """For implementations that are dense so far: raise rather than attend to too much."""
+    for given, name in ((window is not None, "window"), (causal_time, "causal_time")):
+        if given:
+            raise UnsupportedError(
+                f"{_OP}: `{name}` is not built yet in impl {impl!r}; use impl='reference' (exact, slow) or leave it out"
+            )
+    if precision != "native":
+        raise UnsupportedError(f"{_OP}: precision {precision!r} is not built yet; use precision='native'")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(_OP, name, tensor, ndim=4)
+        if tensor.dtype != q.dtype:
+            raise DTypeError(f"{_OP}: `{name}` must be {q.dtype} like `q`; got {tensor.dtype}")
+    b, s, heads, head_dim = q.shape
+    if heads < 1 or head_dim < 1:
+        bad_shape(_OP, "q", "[B, S, heads, head_dim] with at least one head and one channel", q)
+    if k.shape[0] != b or k.shape[1] != s or k.shape[3] != head_dim or k.shape[2] < 1 or heads % k.shape[2]:
+        bad_shape(_OP, "k", f"[{b}, {s}, a divisor of {heads}, {head_dim}] for `q` {list(q.shape)}", k)
+    if v.shape != k.shape:
+        bad_shape(_OP, "v", f"{list(k.shape)} like `k`", v)
+    check_last_dim_contiguous(_OP, q=q, k=k, v=v)
+    check_same_device(_OP, q=q, k=k, v=v)
+
+
+def _check_kv_lens(kv_lens: Tensor, q: Tensor, text_len: int) -> None:
+    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
+        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
+        raise DTypeError(f"{_OP}: `kv_lens` must be an int32 or int64 tensor; got {got}")
+    if kv_lens.shape != (q.shape[0],):
+        bad_shape(_OP, "kv_lens", f"[{q.shape[0]}]", kv_lens)
+    check_same_device(_OP, q=q, kv_lens=kv_lens)
+    if text_len == 0:
+        bad_option(_OP, "kv_lens", "None without text tokens (it counts the valid ones of text_len)", "a tensor")
+
+
+def _triple(name: str, value: Sequence[int], minimum: int) -> list[int]:
+    try:
+        items = list(value)
+    except TypeError:
+        items = []
+    if len(items) != 3 or any(
+        isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < minimum for n in items
+    ):
+        bad_option(_OP, name, f"three integers (time, height, width) of at least {minimum}", value)
+    return items
+
+
+def _flatten_window(window: Any, stride: Sequence[int], heads: int) -> list[int] | None:
+    if window is None:
+        if tuple(stride) != (1, 1, 1):
+            bad_option(_OP, "stride", "(1, 1, 1) without a window", tuple(stride))
+        return None
+    if isinstance(window, Tensor):
+        window = window.tolist()
+    nested = len(window) > 0 and not isinstance(window[0], (int, torch.SymInt))
+    rows = list(window) if nested else [window]
+    if nested and len(rows) != heads:
+        bad_option(_OP, "window", f"(wt, wh, ww) or one row for each of the {heads} heads", window)
+    triples = [_triple("window", row, minimum=1) for row in rows]
+    for row in triples:
+        if any(s > w for s, w in zip(stride, row, strict=True)):
+            bad_option(_OP, "stride", f"at most the window {tuple(row)} along each axis", tuple(stride))
+    return [n for row in triples for n in row]
