@@ -31,6 +31,7 @@ _EXPORTS = {
     "causal_conv3d": "pyvideo_kernels.ops.causal_conv3d",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
     "unipc_step": "pyvideo_kernels.ops.unipc_step",
+    "solver_for": "pyvideo_kernels.schedule",
     "accelerate": "pyvideo_kernels.integrations",
     "restore": "pyvideo_kernels.integrations",
     "Report": "pyvideo_kernels.integrations",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .ops.spacetime_attention import merge_attention as merge_attention
     from .ops.spacetime_attention import spacetime_attention as spacetime_attention
     from .ops.unipc_step import unipc_step as unipc_step
+    from .schedule import solver_for as solver_for
 
 
 def __getattr__(name: str) -> Any:
