@@ -78,4 +78,21 @@ PYVIDEO_INLINE void layer_norm_row(const float* __restrict x, int64_t n, float e
   }
 }
 
+// out = x * factor * weight; a null weight is 1.
+template <class T>
+PYVIDEO_INLINE void scale_row(const float* __restrict x, int64_t n, float factor, const float* __restrict weight,
+                              T* __restrict out) {
+  if (weight == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = from_float<T>(x[i] * factor);
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = from_float<T>(x[i] * factor * weight[i]);
+  }
+}
+
 }  // namespace pyvideo

@@ -1,0 +1,36 @@
+// The gated residual of one row.
+#pragma once
+
+#include "common/rows.h"
+
+namespace pyvideo {
+
+// out = x + y * gate; a null gate is 1. T and Y are the storage types of x (and out) and of y.
+template <class T, class Y>
+PYVIDEO_INLINE void gate_residual_row(const T* __restrict x, const Y* __restrict y, const float* __restrict gate,
+                                      int64_t n, T* __restrict out) {
+  if (gate == nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = from_float<T>(to_float(x[i]) + to_float(y[i]));
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = from_float<T>(to_float(x[i]) + to_float(y[i]) * gate[i]);
+  }
+}
+
+// The same with y as rows of either storage type.
+template <class T>
+PYVIDEO_INLINE void gate_residual_row(const char* x, const Rows& y, int64_t row, const float* gate, int64_t n, T* out) {
+  const T* xs = reinterpret_cast<const T*>(x);
+  if (y.dtype == DType::f32) {
+    gate_residual_row<T, float>(xs, reinterpret_cast<const float*>(y.row(row)), gate, n, out);
+  } else {
+    gate_residual_row<T, bf16>(xs, reinterpret_cast<const bf16*>(y.row(row)), gate, n, out);
+  }
+}
+
+}  // namespace pyvideo
