@@ -1,0 +1,157 @@
+"""accelerate() and restore(): our ops inside a diffusers model, in place and reversible.
+
+Importing this imports no diffusers; a call does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from ..dispatch import IMPLS
+from ..errors import ModelError, UnsupportedError, ValueOptionError
+from ..schemas import OPS
+from .report import Report
+from .swap import Plan, Settings, install, remove, swapped
+
+__all__ = ["Report", "accelerate", "restore"]
+
+# diffusers model class -> the file that knows it. Each has SOURCES (what it was read in), OPS (what it can use) and
+# plan(model, path, settings) -> Plan.
+_MODELS = {
+    "WanTransformer3DModel": "pyvideo_kernels.integrations.diffusers.wan",
+    "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae",
+}
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_COMPONENTS = ("transformer", "transformer_2", "vae")
+_ATTENTIONS = (None, "dense")
+
+
+def accelerate(
+    target: Any,
+    *,
+    ops: str | Collection[str] = "all",
+    attention: str | None = None,
+    impl: str = "auto",
+    strict: bool = False,
+) -> Report:
+    """Run a diffusers model through this package's ops, in place.
+
+    Modules keep their types, parameters, names and hooks; only their innermost forward changes, and every call checks
+    that the op can serve it and otherwise runs the stock code and counts why. Calling again reconfigures; calling
+    again with the same arguments changes nothing but the counters. ``restore(target)`` undoes it.
+
+    Args:
+        target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel`` or ``AutoencoderKLWan``.
+        ops: ``"all"``, or the names of the ops to use.
+        attention: None keeps the model's own attention (its backend, context parallelism and caches with it);
+            ``"dense"`` runs self-attention through ``spacetime_attention``.
+        impl: passed to every op: ``auto``, ``reference``, ``triton``, ``cpu`` or ``cuda``. With anything but ``auto``
+            an op that lacks it raises when called.
+        strict: raise, with the reasons and before anything is changed, if something that was asked for would be left;
+            and raise later where a call would fall back.
+    Returns:
+        Report: what runs now, what was left and why, and counters of what really ran.
+    Raises:
+        ModelError: not a model this package knows, or a diffusers whose source it was not written against.
+        ValueOptionError: unknown op or implementation.
+        UnsupportedError: unknown ``attention``, or ``strict`` and something is left.
+    """
+    settings = Settings(_op_names(ops), _attention(attention), _impl(impl), strict)
+    plan = Plan()
+    models = list(_models(target))
+    for path, model in models:
+        plan.extend(_plan(model, path, settings))
+    if strict and plan.left:
+        reasons = "; ".join(f"{left.path}: {left.op}: {left.reason}" for left in plan.left[:8])
+        more = f"; and {len(plan.left) - 8} more" if len(plan.left) > 8 else ""
+        raise UnsupportedError(f"accelerate: strict, and {len(plan.left)} would be left: {reasons}{more}")
+    for _, model in models:
+        _remove_all(model)
+    for swap in plan.swaps:
+        install(swap, settings)
+    return Report(type(target).__name__, plan, settings)
+
+
+def restore(target: Any) -> None:
+    """Undo accelerate(): every module gets back the forward it had, hooks stay.
+
+    Args:
+        target: what was given to accelerate(), a copy of it, or a part of it. Nothing to undo is no error.
+    """
+    for _, model in _models(target):
+        _remove_all(model)
+
+
+def _remove_all(model: nn.Module) -> None:
+    for _, module, _ in list(swapped(model)):
+        remove(module)
+
+
+def _models(target: Any) -> Iterator[tuple[str, nn.Module]]:
+    """``(path, model)`` of each model in ``target`` that accelerate() looks at."""
+    target = getattr(target, "_orig_mod", target)  # what torch.compile(model) returns
+    if isinstance(target, nn.Module):
+        if not _bases(target) & set(_MODELS):
+            raise ModelError(_unknown(target))
+        yield "", target
+        return
+    if not _bases(target) & set(_PIPELINES):
+        raise ModelError(_unknown(target))
+    for name in _COMPONENTS:
+        component = getattr(target, name, None)
+        if component is not None:
+            yield name, getattr(component, "_orig_mod", component)
+
+
+def _bases(value: Any) -> set[str]:
+    return {base.__name__ for base in type(value).__mro__ if base.__module__.startswith("diffusers.")}
+
+
+def _unknown(target: Any) -> str:
+    known = ", ".join((*_PIPELINES, *_MODELS))
+    kind = target.__name__ if isinstance(target, type) else type(target).__name__
+    return f"accelerate: `target` must be one of {known}; got {kind}"
+
+
+def _plan(model: nn.Module, path: str, settings: Settings) -> Plan:
+    name = type(model).__name__
+    place = _MODELS.get(name)
+    if place is None:
+        raise ModelError(f"accelerate: `{path}` must be one of {', '.join(_MODELS)}; got {name}")
+    from .diffusers import sources
+
+    module = importlib.import_module(place)
+    sources.check(module.SOURCES)
+    plan: Plan = module.plan(model, path, settings)
+    return plan
+
+
+def _op_names(ops: str | Collection[str]) -> frozenset[str]:
+    known = [name for name in OPS if not name.endswith("_backward")]
+    if ops == "all":
+        return frozenset(known)
+    if isinstance(ops, str) or not all(isinstance(name, str) for name in ops):
+        raise ValueOptionError(f"accelerate: `ops` must be 'all' or a collection of op names; got {ops!r}")
+    unknown = sorted(set(ops) - set(known))
+    if unknown:
+        raise ValueOptionError(f"accelerate: unknown op {', '.join(unknown)}; there are {', '.join(known)}")
+    return frozenset(ops)
+
+
+def _attention(attention: str | None) -> str | None:
+    if attention not in _ATTENTIONS:
+        raise UnsupportedError(
+            f"accelerate: attention {attention!r} does not exist; there are None (the model's own attention) and "
+            "'dense' (spacetime_attention over all tokens)"
+        )
+    return attention
+
+
+def _impl(impl: str) -> str:
+    if impl not in IMPLS:
+        raise ValueOptionError(f"accelerate: `impl` must be one of {', '.join(IMPLS)}; got {impl!r}")
+    return impl

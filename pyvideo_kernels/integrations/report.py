@@ -1,0 +1,129 @@
+"""What accelerate() did: a table, a dict, and counts of what really ran."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from .. import dispatch
+from .swap import Plan, Settings, fallbacks
+
+
+class Report:
+    """What runs now in an accelerated target, what was left and why, and which implementations really ran.
+
+    ``str(report)`` and ``rich.print(report)`` show the table; ``to_dict()`` is the same as data. ``calls()`` and
+    ``fallbacks()`` count since accelerate() returned; ``calls()`` counts for the whole process, so other users of the
+    ops appear in it too, and replays of a CUDA graph in neither.
+    """
+
+    def __init__(self, target: str, plan: Plan, settings: Settings) -> None:
+        self.target = target
+        self._plan = plan
+        self._settings = settings
+        self._before = dispatch.calls()
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was asked for runs through our ops."""
+        return not self._plan.left
+
+    def calls(self) -> dict[str, dict[str, int]]:
+        """op -> implementation -> how often it ran since accelerate(), in this process."""
+        out: dict[str, dict[str, int]] = {}
+        for (op, impl), count in sorted(dispatch.calls().items()):
+            new = count - self._before.get((op, impl), 0)
+            if new > 0:
+                out.setdefault(op, {})[impl] = new
+        return out
+
+    def fallbacks(self) -> dict[str, dict[str, int]]:
+        """op -> reason -> how often a call went to the stock code instead, in this target."""
+        return fallbacks(self._settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain data, one entry a module."""
+        modules: dict[str, dict[str, Any]] = {}
+
+        def entry(path: str) -> dict[str, Any]:
+            return modules.setdefault(path, {"runs": [], "left": {}})
+
+        for swap in self._plan.swaps:
+            entry(swap.path)["runs"] = list(swap.ops)
+        for left in self._plan.left:
+            entry(left.path)["left"][left.op] = left.reason
+        return {
+            "target": self.target,
+            "ops": sorted(self._settings.ops),
+            "attention": self._settings.attention,
+            "impl": self._settings.impl,
+            "complete": self.complete,
+            "modules": modules,
+            "kept": dict(self._plan.kept),
+            "calls": self.calls(),
+            "fallbacks": self.fallbacks(),
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """``(modules, state, what)`` with the modules of all blocks on one line; what the table shows."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for swap in self._plan.swaps:
+            groups.setdefault((_pattern(swap.path), "runs", ", ".join(swap.ops)), []).append(swap.path)
+        for left in self._plan.left:
+            groups.setdefault((_pattern(left.path), "left", f"{left.op}: {left.reason}"), []).append(left.path)
+        out = [(_label(pattern, paths), state, what) for (pattern, state, what), paths in groups.items()]
+        return out + [(path, "stock", reason) for path, reason in self._plan.kept]
+
+    def _counts(self) -> list[str]:
+        lines = []
+        for op, impls in self.calls().items():
+            lines.append(f"{op}: " + ", ".join(f"{impl} {count}" for impl, count in impls.items()))
+        for op, reasons in self.fallbacks().items():
+            lines.append(f"{op}: fell back " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
+        return lines
+
+    @property
+    def _title(self) -> str:
+        swapped, left = len(self._plan.swaps), len(self._plan.left)
+        return f"{self.target}: {swapped} modules swapped, {left} left, impl {self._settings.impl}"
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title=self._title, title_justify="left")
+        table.add_column("module", overflow="fold")
+        table.add_column("state")
+        table.add_column("what runs, or why not", overflow="fold")
+        style = {"runs": "green", "left": "yellow", "stock": "dim"}
+        for module, state, what in self.rows():
+            table.add_row(module, f"[{style[state]}]{state}[/]", what)
+        return Group(table, *self._counts())
+
+    def __str__(self) -> str:
+        try:
+            from rich.console import Console
+        except ImportError:
+            return self.plain()
+        out = io.StringIO()
+        Console(file=out, width=120, color_system=None).print(self)
+        return out.getvalue().rstrip()
+
+    def plain(self) -> str:
+        """The table without rich."""
+        rows = self.rows()
+        width = max((len(module) for module, _, _ in rows), default=0)
+        lines = [self._title, *(f"  {module:<{width}}  {state:<5}  {what}" for module, state, what in rows)]
+        return "\n".join(lines + ["  " + line for line in self._counts()])
+
+    def __repr__(self) -> str:
+        return f"<Report {self._title}>"
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _label(pattern: str, paths: list[str]) -> str:
+    return f"{pattern} ({len(paths)})" if len(paths) > 1 else paths[0]

@@ -1,0 +1,247 @@
+"""How a module's forward is replaced in place, under the hooks that are there, and put back.
+
+Nothing is wrapped and no class is touched: the module keeps its type, its parameters and its place in the tree, so
+state dicts, LoRA, caches and offloading keep working. Only the innermost forward changes: the instance's own one, or
+the one a hook of diffusers or accelerate has stored away. A replacement is ``functools.partial(function, module,
+settings)`` with a module-level ``function``, which pickles and deep-copies with the module it belongs to.
+
+The ownership rule: a fused op that reads weights runs inside the forward of the module that owns them, because hooks
+fetch, cast and evict weights around that forward. Extra arguments are passed to it by our own callers only.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+
+MARK = "_pyvideo_swap"
+_tokens = itertools.count(1)
+# (token of the settings, op, reason) -> how often a call went to the stock code.
+_fallbacks: collections.Counter[tuple[int, str, str]] = collections.Counter()
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What one call of accelerate() asked for; every module it swapped holds this."""
+
+    ops: frozenset[str]
+    attention: str | None = None
+    impl: str = "auto"
+    strict: bool = False
+    # Names the counters: a number, so that compiled graphs see a constant.
+    token: int = field(default_factory=lambda: next(_tokens))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        copied = dataclasses.replace(self, token=next(_tokens))
+        memo[id(self)] = copied
+        return copied
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One module whose forward is to be replaced by ``forward(module, settings, *args, **kwargs)``."""
+
+    path: str
+    module: nn.Module
+    forward: Callable[..., Any]
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Left:
+    """Something a requested op could have served, and why it does not."""
+
+    path: str
+    op: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    """What will be swapped, what is left although it was asked for, and what stays stock by design."""
+
+    swaps: list[Swap] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+    def extend(self, other: Plan) -> None:
+        self.swaps += other.swaps
+        self.left += other.left
+        self.kept += other.kept
+
+
+class _Mark:
+    """What a swapped module remembers: the settings, and the forward that was replaced (None: its class's)."""
+
+    def __init__(self, settings: Settings, original: Callable[..., Any] | None) -> None:
+        self.settings = settings
+        self.original = original
+
+
+# Where the innermost forward lives ------------------------------------------------------------------------------
+
+
+def _wrapper_of(forward: Any) -> str | None:
+    """``"diffusers"`` or ``"accelerate"`` if ``forward`` is the outer shell their hooks install."""
+    if not isinstance(forward, functools.partial):
+        return None
+    home = getattr(forward.func, "__module__", "")
+    name = getattr(forward.func, "__qualname__", "")
+    if home == "diffusers.hooks.hooks" and name.startswith("HookRegistry."):
+        return "diffusers"
+    if home == "accelerate.hooks" and name.startswith("add_hook_to_module."):
+        return "accelerate"
+    return None
+
+
+def innermost(module: nn.Module) -> tuple[Any, str]:
+    """``(holder, attribute)`` of the forward under every hook; the holder may be a hook's function reference."""
+    holder: Any = module
+    attribute = "forward"
+    seen: set[str] = set()
+    while True:
+        shell = _wrapper_of(holder.__dict__.get(attribute))
+        if shell is None or shell in seen:
+            return holder, attribute
+        seen.add(shell)
+        if shell == "accelerate":
+            holder, attribute = module, "_old_forward"
+            continue
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        if registry is None or not registry._fn_refs:
+            return holder, attribute
+        holder = registry._fn_refs[0]
+        attribute = "forward" if holder.original_forward is None else "original_forward"
+
+
+def _is_stock(forward: Any, module: nn.Module) -> bool:
+    """Whether ``forward`` is the bound method of the module's own class."""
+    return (
+        isinstance(forward, types.MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and len(forward.args) == 2 and isinstance(forward.args[1], Settings)
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why the forward of ``module`` cannot be replaced, or None. Our own earlier swap is no obstacle."""
+    holder, attribute = innermost(module)
+    forward = holder.__dict__.get(attribute)
+    if forward is None or _is_stock(forward, module) or _is_ours(forward):
+        return None
+    inner = forward.func if isinstance(forward, functools.partial) else forward
+    name = getattr(inner, "__qualname__", type(inner).__name__)
+    return f"its forward is already replaced by {getattr(inner, '__module__', '?')}.{name}"
+
+
+# Install and remove ---------------------------------------------------------------------------------------------
+
+
+def install(swap: Swap, settings: Settings) -> None:
+    """Replace the innermost forward of ``swap.module``; an earlier swap of ours is removed first."""
+    module = swap.module
+    remove(module)
+    holder, attribute = innermost(module)
+    original = holder.__dict__.get(attribute)
+    module.__dict__[MARK] = _Mark(settings, original)
+    holder.__dict__[attribute] = functools.partial(swap.forward, module, settings)
+
+
+def remove(module: nn.Module) -> bool:
+    """Undo ``install``; True if there was something to undo."""
+    mark = module.__dict__.pop(MARK, None)
+    if mark is None:
+        return False
+    holder, attribute = innermost(module)
+    if _is_ours(holder.__dict__.get(attribute)):
+        if mark.original is not None:
+            holder.__dict__[attribute] = mark.original
+        elif holder is module and attribute == "forward":
+            del module.__dict__["forward"]
+        else:
+            # A hook was added over our forward: it keeps what it would have kept of a stock module.
+            holder.__dict__[attribute] = types.MethodType(type(module).forward, module)
+    return True
+
+
+def swapped(root: nn.Module) -> Iterator[tuple[str, nn.Module, Settings]]:
+    """Every module under ``root`` whose forward is ours."""
+    for path, module in root.named_modules():
+        mark = module.__dict__.get(MARK)
+        if mark is not None:
+            yield path, module, mark.settings
+
+
+def ours(module: Any, kind: type) -> bool:
+    """Whether ``module`` is exactly a ``kind`` and takes the extra arguments of our forward."""
+    return type(module) is kind and getattr(module, MARK, None) is not None
+
+
+# Guards and counters --------------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
+
+
+def why_not(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """The per-call guard: why an op cannot take ``x`` and these weights, or None."""
+    if x.device.type not in _DEVICES:
+        return f"device {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"activation dtype {str(x.dtype).removeprefix('torch.')}"
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return "activation with a strided last dimension"
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        # Quantised, sharded and packed weights are subclasses that only their own kernels can read.
+        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+            return f"weight is a {type(parameter).__name__}"
+        if parameter.dtype not in _DTYPES:
+            return f"weight dtype {str(parameter.dtype).removeprefix('torch.')}"
+        if parameter.device != x.device:
+            return "weight and activation on different devices"
+    return None
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast would choose another dtype for a GEMM on ``x``; an op of ours computes in the given dtypes."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _count(token: int, op: str, reason: str) -> bool:
+    # Under torch.compile this runs once, while tracing: a compiled fallback counts once per graph.
+    _fallbacks[token, op, reason] += 1
+    return True
+
+
+def fall_back(settings: Settings, op: str, reason: str) -> None:
+    """Count a call that goes to the stock code; with ``strict`` refuse it."""
+    if settings.strict:
+        raise UnsupportedError(f"{op}: strict, and this call cannot run: {reason}; restore() or accelerate without strict")
+    _count(settings.token, op, reason)
+
+
+def fallbacks(settings: Settings) -> dict[str, dict[str, int]]:
+    """op -> reason -> calls that went to the stock code since these settings were installed."""
+    out: dict[str, dict[str, int]] = {}
+    for (token, op, reason), count in sorted(_fallbacks.items()):
+        if token == settings.token:
+            out.setdefault(op, {})[reason] = count
+    return out
