@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace pyvideo {
+namespace pyvideo::device {
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -62,4 +62,4 @@ __device__ __forceinline__ void store_vector(T* __restrict__ address, const floa
 
 inline bool aligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-}  // namespace pyvideo
+}  // namespace pyvideo::device

@@ -49,9 +49,7 @@ Tensor gate_residual(Tensor x, Tensor y, std::optional<Tensor> gate) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) {
-  m.def("gate_residual(Tensor x, Tensor y, Tensor? gate) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) { m.def("gate_residual(Tensor x, Tensor y, Tensor? gate) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvideo_native, CPU, m) { m.impl("gate_residual", TORCH_BOX(&gate_residual)); }
 

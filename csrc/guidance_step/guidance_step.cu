@@ -19,18 +19,21 @@ struct Launch {
 
 template <class L, class C, bool kGuided, bool kVector>
 void launch_kernel(const Launch& a) {
-  const int64_t per_block = static_cast<int64_t>(kGuidanceThreads) * (kVector ? kGuidanceVector<L, C> : 1);
+  const int64_t per_block =
+      static_cast<int64_t>(device::kGuidanceThreads) * (kVector ? device::kGuidanceVector<L, C> : 1);
   const int64_t blocks = (a.n + per_block - 1) / per_block;
   PYVIDEO_CHECK(blocks <= 0x7fffffff, "guidance_step: ", a.n, " elements are more than one launch can cover");
-  guidance_step_kernel<L, C, kGuided, kVector><<<static_cast<unsigned>(blocks), kGuidanceThreads, 0, a.stream>>>(
-      static_cast<const L*>(a.latent), static_cast<const C*>(a.cond), static_cast<const C*>(a.uncond),
-      static_cast<L*>(a.out), a.n, a.scale, a.step);
+  device::guidance_step_kernel<L, C, kGuided, kVector>
+      <<<static_cast<unsigned>(blocks), device::kGuidanceThreads, 0, a.stream>>>(
+          static_cast<const L*>(a.latent), static_cast<const C*>(a.cond), static_cast<const C*>(a.uncond),
+          static_cast<L*>(a.out), a.n, a.scale, a.step);
   check_launch("guidance_step");
 }
 
 template <class L, class C>
 void launch(const Launch& a) {
-  const bool vector = aligned16(a.latent) && aligned16(a.cond) && aligned16(a.uncond) && aligned16(a.out);
+  const bool vector = device::aligned16(a.latent) && device::aligned16(a.cond) && device::aligned16(a.uncond) &&
+                      device::aligned16(a.out);
   if (a.uncond != nullptr) {
     vector ? launch_kernel<L, C, true, true>(a) : launch_kernel<L, C, true, false>(a);
   } else {

@@ -3,7 +3,7 @@
 
 #include "common/vec.cuh"
 
-namespace pyvideo {
+namespace pyvideo::device {
 
 // Elements a thread handles: one 16-byte access of the narrower type, two of a 4-byte type beside it.
 template <class L, class C>
@@ -51,4 +51,4 @@ __global__ void __launch_bounds__(kGuidanceThreads)
   }
 }
 
-}  // namespace pyvideo
+}  // namespace pyvideo::device

@@ -47,12 +47,9 @@ Tensor guidance_step(Tensor latent, Tensor cond, std::optional<Tensor> uncond, d
   Tensor out = new_contiguous(in.latent);
   const bool f32_latent = dtype_of(op, "latent", in.latent) == DType::f32;
   const bool f32_cond = dtype_of(op, "cond", in.cond) == DType::f32;
-  const Args a{in.latent.const_data_ptr(),
-               in.cond.const_data_ptr(),
-               in.uncond ? in.uncond->const_data_ptr() : nullptr,
-               out.mutable_data_ptr(),
-               static_cast<float>(guidance_scale),
-               static_cast<float>(sigma_next - sigma)};
+  const Args a{
+      in.latent.const_data_ptr(), in.cond.const_data_ptr(),           in.uncond ? in.uncond->const_data_ptr() : nullptr,
+      out.mutable_data_ptr(),     static_cast<float>(guidance_scale), static_cast<float>(sigma_next - sigma)};
   const auto run = f32_latent ? (f32_cond ? run_f32_f32 : run_f32_bf16) : (f32_cond ? run_bf16_f32 : run_bf16_bf16);
   parallel_rows(in.latent.numel(), 1, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return out;

@@ -54,9 +54,7 @@ Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) {
-  m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) { m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(pyvideo_native, CPU, m) { m.impl("rms_norm", TORCH_BOX(&rms_norm)); }
 
