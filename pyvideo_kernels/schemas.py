@@ -131,7 +131,7 @@ def _unipc_step(sample: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _ROPE = (
     "Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
-    "str norm, str norm_type, str layout, int rotary_start, int rotary_stop, float eps, str impl"
+    "str norm, str norm_type, str layout, SymInt rotary_start, SymInt rotary_stop, float eps, str impl"
 )
 
 _ROWS: tuple[Op, ...] = (
@@ -186,7 +186,7 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op(
         "final_layer",
-        "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] grid, int[] patch, float eps, "
+        "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, SymInt[] grid, int[] patch, float eps, "
         "str impl) -> Tensor",
         _final_layer,
         _impls("final_layer", "triton"),
@@ -213,7 +213,8 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int[] stride, str pad_mode, Tensor? residual, "
         "str impl) -> Tensor",
         _causal_conv3d,
-        _impls("causal_conv3d", "triton"),
+        # On the CPU the library's convolution is the kernel, called past torch's own choice of algorithm.
+        {**_impls("causal_conv3d", "triton"), "cpu": "pyvideo_kernels.ops.causal_conv3d:causal_conv3d_cpu"},
     ),
     Op(
         "guidance_step",
