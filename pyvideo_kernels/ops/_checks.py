@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..errors import bad_shape, check_tensor
@@ -25,3 +27,11 @@ def check_vector(op: str, length: int, **tensors: Tensor | None) -> None:
             check_tensor(op, name, tensor, ndim=1)
             if tensor.shape[0] != length:
                 bad_shape(op, name, f"[{length}]", tensor)
+
+
+def check_patch(op: str, patch: Sequence[int], name: str = "patch", least: int = 1) -> list[int]:
+    """Three sizes (T, H, W), each at least ``least``; as a list, for the schema."""
+    sizes = list(patch) if isinstance(patch, Sequence) and not isinstance(patch, str) else []
+    if len(sizes) != 3 or any(isinstance(n, (float, str)) or n < least for n in sizes):
+        bad_shape(op, name, f"three sizes (T, H, W) of at least {least}", patch)
+    return sizes
