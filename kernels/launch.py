@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from pyvideo_kernels.errors import UnsupportedError
+
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's GPU current: Triton launches on the current device."""
@@ -27,4 +29,45 @@ def bs_strides(tensor: Tensor | None) -> tuple[int, int]:
     )
 
 
+def refuse_float64(op: str, *tensors: Tensor | None) -> None:
+    """These kernels compute in fp32: fp64 inputs would silently lose half their digits."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise UnsupportedError(f"{op}: impl 'triton' computes in fp32 and refuses float64; use impl='reference'")
+
+
+def collapse_rows(tensor: Tensor) -> list[tuple[int, int]]:
+    """The leading dimensions of ``[..., D]`` as few ``(size, stride)`` pairs, outermost first; one at least."""
+    out: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if out and out[-1][1] == size * stride:
+            out[-1] = (out[-1][0] * size, stride)
+        else:
+            out.append((size, stride))
+    return out or [(1, 0)]
+
+
 cdiv = triton.cdiv
+
+
+def merged_rows(x: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the (at most four) row dimensions of ``x [..., C]``, merged where memory allows.
+
+    Padded with trailing dimensions of 1: a plain tensor is one dimension and its kernel divides by nothing.
+    """
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 4:
+        raise ValueError(f"at most 4 row dimensions that do not merge; got {list(x.shape)} {list(x.stride())}")
+    pad = 4 - len(sizes)
+    return sizes + [1] * pad, strides + [0] * pad
