@@ -170,8 +170,10 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
         f"-DPYVIDEO_CUDA_ARCHS='\"{';'.join(info.cuda_archs)}\"'",
     ]
     common = [*include, *defines]
+    # Registrations record __FILE__: keep the builder's folders out of a wheel.
+    prefix_map = f"-ffile-prefix-map={shlex.quote(str(CSRC.parent))}=."
     cxx = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno",
-           "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter", "-g0"]  # fmt: skip
+           "-fno-trapping-math", prefix_map, "-Wall", "-Wextra", "-Wno-unused-parameter", "-g0"]  # fmt: skip
     link = ["-shared", "-Wl,--as-needed", f"-L{shlex.quote(str(torch_root / 'lib'))}", "-ltorch_cpu", "-Wl,-O1"]
     lines = [
         "ninja_required_version = 1.5",
@@ -190,7 +192,7 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
         root = _cuda_root(nvcc)
         gencode = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in info.cuda_archs]
         nvccflags = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC",
-                     "-Xcompiler=-fvisibility=hidden", "--threads=2", "-Xptxas=-v",
+                     f"-Xcompiler={prefix_map}", "-Xcompiler=-fvisibility=hidden", "--threads=2", "-Xptxas=-v",
                      f"-ccbin={shlex.quote(compiler[-1])}", *gencode]  # fmt: skip
         lines += [
             f"nvcc = {shlex.quote(nvcc)}",
