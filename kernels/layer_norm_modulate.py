@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyvideo_kernels.configs import arch_for, row
 
-from .launch import bs_strides, cdiv, on_device
+from .launch import bs_strides, cdiv, on_device, refuse_float64
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def layer_norm_modulate(
     eps: float,
 ) -> Tensor:
     """``impl="triton"`` of the op."""
+    refuse_float64("layer_norm_modulate", x, scale, shift, weight, bias)
     config = row.select(arch_for(x), op="layer_norm_modulate", width=x.shape[-1])
     y = x.new_empty(x.shape)
     launch_fwd(x, y, scale, shift, weight, bias, eps, config)

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class UniPCStep:
 def euler_steps(sigmas: Sequence[float]) -> list[EulerStep]:
     """The steps between consecutive noise levels, the last of which is where sampling ends (0: clean)."""
     levels = _levels(sigmas)
-    return [EulerStep(a, b) for a, b in zip(levels, levels[1:], strict=False)]
+    return [EulerStep(a, b) for a, b in pairwise(levels)]
 
 
 def unipc_steps(
@@ -106,7 +107,7 @@ def unipc_steps(
 
 def _levels(sigmas: Sequence[float]) -> list[float]:
     levels = [float(s) for s in sigmas]
-    falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(levels))
     if len(levels) < 2 or not falling or not 0.0 <= levels[-1] or not levels[0] <= 1.0:
         raise ValueOptionError(f"`sigmas` must be at least two falling noise levels in [0, 1]; got {levels}")
     return levels
