@@ -82,6 +82,9 @@ def restore(target: Any) -> None:
     Args:
         target: what was given to accelerate(), a copy of it, or a part of it. Nothing to undo is no error.
     """
+    if isinstance(target, nn.Module):
+        _remove_all(target)
+        return
     for _, model in _models(target):
         _remove_all(model)
 

@@ -50,7 +50,7 @@ class Report:
             return modules.setdefault(path, {"runs": [], "left": {}})
 
         for swap in self._plan.swaps:
-            entry(swap.path)["runs"] = list(swap.ops)
+            entry(swap.path).update({"runs": list(swap.ops)} | ({"note": swap.note} if swap.note else {}))
         for left in self._plan.left:
             entry(left.path)["left"][left.op] = left.reason
         return {
@@ -69,7 +69,8 @@ class Report:
         """``(modules, state, what)`` with the modules of all blocks on one line; what the table shows."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for swap in self._plan.swaps:
-            groups.setdefault((_pattern(swap.path), "runs", ", ".join(swap.ops)), []).append(swap.path)
+            what = "; ".join(part for part in (", ".join(swap.ops), swap.note) if part)
+            groups.setdefault((_pattern(swap.path), "runs", what), []).append(swap.path)
         for left in self._plan.left:
             groups.setdefault((_pattern(left.path), "left", f"{left.op}: {left.reason}"), []).append(left.path)
         out = [(_label(pattern, paths), state, what) for (pattern, state, what), paths in groups.items()]
@@ -126,4 +127,4 @@ def _pattern(path: str) -> str:
 
 
 def _label(pattern: str, paths: list[str]) -> str:
-    return f"{pattern} ({len(paths)})" if len(paths) > 1 else paths[0]
+    return f"{pattern} ({len(paths)})" if len(paths) > 1 else paths[0] or "(the model)"

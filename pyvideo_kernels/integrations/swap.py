@@ -50,12 +50,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Swap:
-    """One module whose forward is to be replaced by ``forward(module, settings, *args, **kwargs)``."""
+    """One module whose forward is to be replaced by ``forward(module, settings, *args, **kwargs)``.
+
+    ``ops`` run inside that forward; a module that only hands arguments to the modules that run them has a ``note``.
+    """
 
     path: str
     module: nn.Module
     forward: Callable[..., Any]
     ops: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
