@@ -84,6 +84,22 @@ def why_not(device: str = "cpu") -> str:
     return ""
 
 
+def _serves(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``arch`` ("80", "90a") runs on a card of this capability."""
+    major, minor = divmod(int(arch.rstrip("af")), 10)
+    exact = arch.endswith("a")  # features of one chip: runs nowhere else
+    return (major, minor) == capability if exact else major == capability[0] and minor <= capability[1]
+
+
+@functools.cache
+def _check_card(index: int) -> str:
+    """Why the CUDA kernels of this binary do not run on card ``index``; empty if they do."""
+    capability = torch.cuda.get_device_capability(index)
+    if any(_serves(arch, capability) for arch in cuda_archs()):
+        return ""
+    return f"built for sm_{', sm_'.join(cuda_archs())}, this card is sm_{capability[0]}{capability[1]}"
+
+
 def op(name: str, device: str = "cpu") -> Callable[..., Any]:
     """The private op behind ``name``, or UnsupportedError with the remedy."""
     if device not in _KERNELS.get(name, ()):
@@ -93,29 +109,33 @@ def op(name: str, device: str = "cpu") -> Callable[..., Any]:
     if reason:
         remedy = "make cuda" if device == "cuda" else "install a C++ compiler and reinstall pyvideo-kernels"
         raise UnsupportedError(f"{name}: the compiled {device} kernel is missing: {reason}; {remedy}")
-    function: Callable[..., Any] = getattr(torch.ops.pyvideo_native, name).default
+    packet = getattr(torch.ops.pyvideo_native, name, None)
+    if packet is None:
+        raise UnsupportedError(f"{name}: the extension is older than this source; reinstall pyvideo-kernels")
+    function: Callable[..., Any] = packet.default
     return function
 
 
-def _call(name: str, *args: Any) -> Any:
-    device = "cpu"
-    for arg in args:
-        if isinstance(arg, Tensor):
-            device = arg.device.type
-            break
-    function = op(name, device)
+def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> Any:
     dtypes = _DTYPES[device]
     for arg in args:
-        if isinstance(arg, Tensor) and arg.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {arg.dtype}")
+        if isinstance(arg, Tensor):
+            if arg.dtype not in dtypes:
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {arg.dtype}")
+            if device == "cuda" and (reason := _check_card(arg.device.index or 0)):
+                raise UnsupportedError(f"{name}: {reason}; make cuda CUDA_ARCHS=...")
     return function(*args)
 
 
 def __getattr__(name: str) -> Any:
-    """``_native.<op>``: the compiled kernel of an op, in the order of its schema without ``impl``."""
-    if name in _KERNELS:
-        function = functools.partial(_call, name)
-        globals()[name] = function
-        return function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """``_native.<op>`` and ``_native.<op>_cuda``: an op's compiled kernel, with its schema's arguments but ``impl``.
+
+    UnsupportedError where that kernel was not built.
+    """
+    base, device = (name.removesuffix("_cuda"), "cuda") if name.endswith("_cuda") else (name, "cpu")
+    if base not in _KERNELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = functools.partial(_call, base, device, op(base, device))
+    globals()[name] = function
+    return function

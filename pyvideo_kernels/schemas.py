@@ -54,7 +54,7 @@ def _impls(name: str, *kinds: str, home: str | None = None) -> dict[str, str]:
         "reference": f"pyvideo_kernels.reference.{home}:{name}",
         "triton": f"pyvideo_kernels.kernels.{home}:{name}",
         "cpu": f"pyvideo_kernels._native:{name}",
-        "cuda": f"pyvideo_kernels._native:{name}",
+        "cuda": f"pyvideo_kernels._native:{name}_cuda",
         "sdpa": f"pyvideo_kernels.ops.{home}:{name}_sdpa",
     }
     return {kind: places[kind] for kind in ("reference", *kinds)}

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kGuidanceThreads)
       store_vector<L, kN>(out + begin, x);
       return;
     }
+#pragma unroll 1
     for (int64_t i = begin; i < n; ++i) {
       const float c = to_float(cond[i]);
       const float x = to_float(latent[i]);
