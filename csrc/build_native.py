@@ -80,8 +80,12 @@ def find_nvcc() -> str | None:
 
 
 def _cuda_root(nvcc: str) -> Path:
-    """Toolkit folder of an nvcc that may be a link or a wrapper: ask it where its libraries are."""
-    for line in subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr.splitlines():
+    """Toolkit folder of an nvcc that may be a link or a wrapper: ask it where it is."""
+    try:
+        done = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return Path(nvcc).resolve().parents[1]
+    for line in done.stderr.splitlines():
         if line.startswith("#$ TOP="):
             return Path(line.removeprefix("#$ TOP=").strip())
     return Path(nvcc).resolve().parents[1]

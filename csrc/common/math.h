@@ -33,6 +33,10 @@ PYVIDEO_INLINE float fast_exp(float x) {
   return p * power;
 }
 
-PYVIDEO_INLINE float silu(float x) { return x / (1.0f + fast_exp(-x)); }
+// Below -88 the result is under 1e-36 in size; the clamped exponential would make it proportional to x instead.
+PYVIDEO_INLINE float silu(float x) {
+  const float y = x / (1.0f + fast_exp(-x));
+  return x < -88.0f ? x * 0.0f : y;
+}
 
 }  // namespace pyvideo

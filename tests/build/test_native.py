@@ -1,0 +1,160 @@
+"""The compiled CPU kernels against float64: odd shapes, strides, threads, rounding and special values.
+
+The samples of each op run through impl="cpu" in tests/ops; here is what those samples do not reach.
+"""
+
+import zlib
+
+import pytest
+import torch
+
+from pyvideo_kernels import _native, dispatch
+from pyvideo_kernels.errors import UnsupportedError
+from pyvideo_kernels.schemas import OPS
+from pyvideo_kernels.testing.compare import assert_close, check_op, to_float64
+
+if not _native.available():
+    pytest.skip(f"no compiled extension: {_native.why_not()}", allow_module_level=True)
+
+CPU_OPS = [name for name, devices in _native._KERNELS.items() if "cpu" in devices]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def inputs(name, shape, dtype):
+    """Arguments of an op at ``shape``, modulation in fp32 beside ``dtype`` data, as the models have it."""
+    g = torch.Generator().manual_seed(zlib.crc32(f"{name} {shape}".encode()))
+    b, d = shape[0], shape[-1]
+
+    def new(*size, dtype=dtype):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    f32 = torch.float32
+    values = {
+        "x": new(*shape), "y": new(*shape), "latent": new(*shape), "cond": new(*shape), "uncond": new(*shape),
+        "gate": new(b, 1, d, dtype=f32), "scale": new(b, 1, d, dtype=f32), "shift": new(*shape),
+        "weight": new(d), "bias": new(d, dtype=f32), "eps": 1e-6, "silu": True,
+        "guidance_scale": 4.5, "sigma": 0.9, "sigma_next": 0.75,
+    }  # fmt: skip
+    return OPS[name].bind(**{key: values[key] for key in OPS[name].arguments[:-1]})
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def run(name, args):
+    return as_tuple(getattr(_native, name)(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CPU_OPS)
+def test_samples(name, dtype):
+    assert check_op(OPS[name], "cpu", "cpu", dtype) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CPU_OPS)
+def test_odd_shapes(name, dtype):
+    # One element, widths around every vector length, primes, and enough rows that threads share them unevenly.
+    for shape in ((1, 1, 1), (2, 3, 7), (3, 5, 17), (1, 2, 129), (2, 67, 1537), (1, 911, 96)):
+        args = inputs(name, shape, dtype)
+        reference = dispatch.load(OPS[name], "reference")
+        expected, eager = as_tuple(reference(*to_float64(args))), as_tuple(reference(*args))
+        for out, ref64, low in zip(run(name, args), expected, eager, strict=True):
+            assert out.is_contiguous()
+            assert_close(out, ref64, low, f"{name} {shape}")
+
+
+@pytest.mark.parametrize("name", CPU_OPS)
+def test_no_rows(name):
+    for out in run(name, inputs(name, (0, 4, 8), torch.float32)):
+        assert out.shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("name", CPU_OPS)
+def test_same_bits_with_any_number_of_threads(name):
+    args = inputs(name, (2, 331, 515), torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(name, args))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", CPU_OPS)
+def test_nan_stays_in_its_row(name):
+    for value in (float("nan"), float("inf")):
+        args = inputs(name, (1, 4, 33), torch.float32)
+        args[0][0, 2, 5] = value
+        for out in run(name, args):
+            assert not torch.isfinite(out[0, 2, 5])
+            assert torch.isfinite(out[0, [0, 1, 3]]).all()
+
+
+def test_rows_of_a_permuted_and_sliced_view():
+    base = torch.randn(4, 3, 5, 2, 40)
+    x = base.permute(3, 1, 0, 2, 4)[:, :, 1:3, :, 8:31]
+    got = _native.rms_norm(x, None, 1e-6)
+    assert_close(got, dispatch.load(OPS["rms_norm"], "reference")(x.double(), None, 1e-6), x.contiguous())
+
+
+def test_bfloat16_round_trip_is_the_identity():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    out = _native.guidance_step(every, torch.zeros_like(every), None, 1.0, 0.5, 0.5)
+    nan = every.isnan()
+    assert torch.equal(out.isnan(), nan)
+    # Adding a zero step turns -0 into 0 and leaves every other value alone.
+    assert torch.equal(out[~nan], every[~nan])
+
+
+def test_float32_to_bfloat16_rounds_as_torch_does():
+    g = torch.Generator().manual_seed(3)
+    words = torch.randint(-(2**31), 2**31, (1, 1, 1 << 16), generator=g, dtype=torch.int64).to(torch.int32)
+    # Ties, the largest finite values, denormals: the low half decides.
+    words.view(-1)[: 1 << 15] = (words.view(-1)[: 1 << 15] & ~0xFFFF) | 0x8000
+    y = words.view(torch.float32)
+    out = _native.gate_residual(torch.zeros_like(y, dtype=torch.bfloat16), y, None)
+    expected = (y + 0).to(torch.bfloat16)
+    assert torch.equal(out.isnan(), expected.isnan())
+    keep = ~expected.isnan()
+    assert torch.equal(out[keep], expected[keep])
+
+
+def test_silu_over_the_whole_range():
+    # Rows of equal values normalise to 1, so the weight is the argument of SiLU.
+    w = torch.cat([torch.linspace(-110, 110, 200_001), torch.tensor([-1e30, 1e30, 0.0, -0.0, 1e-30])])
+    got = _native.rms_norm_silu(torch.ones(1, w.numel()), w, 1e-12, True)[0].double()
+    exact = torch.nn.functional.silu(w.double())
+    # Relative to the result, down to the smallest normal number of float32.
+    error = (got - exact).abs() / exact.abs().clamp_min(1.2e-38)
+    assert float(error[w.abs() < 85].max()) < 6 * torch.finfo(torch.float32).eps
+    assert float((got - exact).abs()[w < -85].max()) < 1e-35
+
+
+def test_other_dtypes_are_refused_by_name():
+    x = torch.randn(1, 2, 8, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match=r"rms_norm.*float32, bfloat16.*float64"):
+        _native.rms_norm(x, None, 1e-6)
+
+
+def test_ops_without_a_kernel_are_refused_by_name():
+    with pytest.raises(UnsupportedError, match="no compiled cuda kernel"):
+        _native.op("rms_norm", "cuda")
+    with pytest.raises(AttributeError):
+        _native.no_such_op  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "arch, capability, serves",
+    [
+        ("80", (8, 0), True), ("80", (8, 9), True), ("80", (9, 0), False), ("89", (8, 6), False),
+        ("90a", (9, 0), True), ("90a", (10, 0), False), ("100a", (10, 3), False), ("120a", (12, 0), True),
+    ],
+)  # fmt: skip
+def test_which_cards_machine_code_serves(arch, capability, serves):
+    assert _native._serves(arch, capability) is serves
