@@ -21,35 +21,42 @@ def _split_pairs(tile, BLOCK_HALF: tl.constexpr):
 
 
 @triton.jit
-def _load_pairs(ptr, rows, row_mask, half, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr, other: tl.constexpr):
+def _load_pairs(ptr, rows, row_mask, half, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr):
     """The first and second members of all pairs of some rows (offsets ``rows``) as two fp32 tiles [rows, half]."""
     if HALF_LAYOUT:
         cols = tl.arange(0, BLOCK_HALF)
         mask = row_mask[:, None] & (cols < half)[None, :]
         at = ptr + rows[:, None] + cols[None, :]
-        a = tl.load(at, mask=mask, other=other)
-        b = tl.load(at + half, mask=mask, other=other)
+        a = tl.load(at, mask=mask, other=0.0)
+        b = tl.load(at + half, mask=mask, other=0.0)
+    elif rows.shape[0] == 1:
+        # A row that all heads share: each thread loads just its own few, already where the arithmetic wants them.
+        cols = tl.arange(0, BLOCK_HALF)
+        mask = row_mask[:, None] & (cols < half)[None, :]
+        a = tl.load(ptr + rows[:, None] + (2 * cols)[None, :], mask=mask, other=0.0)
+        b = tl.load(ptr + rows[:, None] + (2 * cols + 1)[None, :], mask=mask, other=0.0)
     else:
         # Both members in one wide load; de-interleaved in registers, strided loads would be two bytes each.
         cols = tl.arange(0, 2 * BLOCK_HALF)
         mask = row_mask[:, None] & (cols < 2 * half)[None, :]
-        a, b = _split_pairs(tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=other), BLOCK_HALF)
+        a, b = _split_pairs(tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=0.0), BLOCK_HALF)
     return a.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
-def _load_table(ptr, rows, row_mask, half, WHICH: tl.constexpr, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr,
-                other: tl.constexpr):  # fmt: skip
-    """One value a pair: the first half of a half table, the even (cos) or odd (sin) entries of an interleaved one."""
+def _load_table(ptr, rows, row_mask, half, ODD: tl.constexpr, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """One value a pair: the first half of a half table, the even or the odd entries of an interleaved one."""
+    cols = tl.arange(0, BLOCK_HALF)
+    mask = row_mask[:, None] & (cols < half)[None, :]
     if HALF_LAYOUT:
-        cols = tl.arange(0, BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < half)[None, :]
-        out = tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=other)
+        out = tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=0.0)
+    elif rows.shape[0] == 1:
+        out = tl.load(ptr + rows[:, None] + (2 * cols + ODD)[None, :], mask=mask, other=0.0)
     else:
-        cols = tl.arange(0, 2 * BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < 2 * half)[None, :]
-        even, odd = _split_pairs(tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=other), BLOCK_HALF)
-        out = even if WHICH == 0 else odd
+        wide = tl.arange(0, 2 * BLOCK_HALF)
+        mask = row_mask[:, None] & (wide < 2 * half)[None, :]
+        even, odd = _split_pairs(tl.load(ptr + rows[:, None] + wide[None, :], mask=mask, other=0.0), BLOCK_HALF)
+        out = odd if ODD else even
     return out.to(tl.float32)
 
 
@@ -89,14 +96,34 @@ def _one_token(
 ):  # fmt: skip
     """Norm and rotation of ``BLOCK_HEADS`` heads of one token; NORM 0: none, 1: per head, 2: across heads."""
     half = head_dim // 2
-    b, s = token // tokens, token % tokens
+    # Divided as the 32-bit numbers they are, multiplied by strides as 64-bit ones.
+    b, s = (token // tokens).to(tl.int64), (token % tokens).to(tl.int64)
     head = head_block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     head_mask = head < heads
     head64 = head.to(tl.int64)
-    # Columns past the pairs (an odd head_dim has none to rotate, the checks refuse it) are zero in a and b.
-    x, y = _load_pairs(x_ptr + b * x_b + s * x_s, head64 * x_h, head_mask, half, HALF_LAYOUT, BLOCK_HALF, 0.0)
+    WHOLE_ROW: tl.constexpr = NORM == 2
+    # Every load is issued before the first reduction, whose barriers the compiler moves no load across.
+    x, y = _load_pairs(x_ptr + b * x_b + s * x_s, head64 * x_h, head_mask, half, HALF_LAYOUT, BLOCK_HALF)
+    one = tl.zeros([1], tl.int64)
+    if WHOLE_ROW:
+        at, at_mask = head64 * head_dim, head_mask
+    else:
+        at, at_mask = one, one == 0
+    if weight_ptr is not None:
+        wx, wy = _load_pairs(weight_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF)
+    if bias_ptr is not None:
+        bx, by = _load_pairs(bias_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF)
+    if cos_ptr is not None:
+        rotated = (s >= start) & (s < stop)
+        cos_at = cos_ptr + b * cos_b + (s - start) * cos_s
+        sin_at = sin_ptr + b * sin_b + (s - start) * sin_s
+        if TABLE_HEADS:
+            cos = _load_table(cos_at, head64 * cos_h, head_mask & rotated, half, 0, HALF_LAYOUT, BLOCK_HALF)
+            sin = _load_table(sin_at, head64 * sin_h, head_mask & rotated, half, 1, HALF_LAYOUT, BLOCK_HALF)
+        else:
+            cos = _load_table(cos_at, one, (one == 0) & rotated, half, 0, HALF_LAYOUT, BLOCK_HALF)
+            sin = _load_table(sin_at, one, (one == 0) & rotated, half, 1, HALF_LAYOUT, BLOCK_HALF)
     if NORM != 0:
-        WHOLE_ROW: tl.constexpr = NORM == 2
         n = heads * head_dim if WHOLE_ROW else head_dim
         if LAYER:
             mean = _mean(x, y, n, WHOLE_ROW)
@@ -106,34 +133,13 @@ def _one_token(
         rstd = tl.rsqrt(_mean(x * x, y * y, n, WHOLE_ROW) + eps)
         x = x * rstd
         y = y * rstd
-        # A vector per head is read as one row for all heads, a vector across heads as a row each.
-        if WHOLE_ROW:
-            at = head * head_dim
-            at_mask = head_mask
-        else:
-            at = tl.zeros([1], tl.int32)
-            at_mask = at == 0
         if weight_ptr is not None:
-            wx, wy = _load_pairs(weight_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF, 0.0)
             x = x * wx
             y = y * wy
         if bias_ptr is not None:
-            bx, by = _load_pairs(bias_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF, 0.0)
             x = x + bx
             y = y + by
     if cos_ptr is not None:
-        rotated = (s >= start) & (s < stop)
-        place = s - start
-        if TABLE_HEADS:
-            cos_rows, sin_rows = head64 * cos_h, head64 * sin_h
-            table_mask = head_mask & rotated
-        else:
-            cos_rows = tl.zeros([1], tl.int64)
-            sin_rows = cos_rows
-            table_mask = (cos_rows == 0) & rotated
-        cos_at, sin_at = cos_ptr + b * cos_b + place * cos_s, sin_ptr + b * sin_b + place * sin_s
-        cos = _load_table(cos_at, cos_rows, table_mask, half, 0, HALF_LAYOUT, BLOCK_HALF, 1.0)
-        sin = _load_table(sin_at, sin_rows, table_mask, half, 1, HALF_LAYOUT, BLOCK_HALF, 0.0)
         # Selected, not multiplied by one and zero: an infinite neighbour must not reach a token that is not rotated.
         x, y = tl.where(rotated, x * cos - y * sin, x), tl.where(rotated, x * sin + y * cos, y)
     if FENCE:
@@ -153,14 +159,14 @@ def _qk_norm_rope_fwd_kernel(
 ):  # fmt: skip
     # Neighbouring programs are q and k of one token, so that the second finds its tables in cache.
     pid = tl.program_id(0)
-    i = (pid // 2).to(tl.int64)
+    i = pid // 2
     if pid % 2 == 0:
         if i < q_programs:
             blocks = tl.cdiv(q_heads, Q_BLOCK)
             _one_token(
                 q_ptr, q_b, q_s, q_h, q_out_ptr, qo_b, qo_s, qo_h, q_weight_ptr, q_bias_ptr,
                 cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
-                i // blocks, (i % blocks).to(tl.int32), q_tokens, q_heads, head_dim, start, stop, eps,
+                i // blocks, i % blocks, q_tokens, q_heads, head_dim, start, stop, eps,
                 NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, Q_BLOCK, BLOCK_HALF, FENCE,
             )  # fmt: skip
     else:
@@ -169,7 +175,7 @@ def _qk_norm_rope_fwd_kernel(
             _one_token(
                 k_ptr, k_b, k_s, k_h, k_out_ptr, ko_b, ko_s, ko_h, k_weight_ptr, k_bias_ptr,
                 cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
-                i // blocks, (i % blocks).to(tl.int32), k_tokens, k_heads, head_dim, start, stop, eps,
+                i // blocks, i % blocks, k_tokens, k_heads, head_dim, start, stop, eps,
                 NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, K_BLOCK, BLOCK_HALF, FENCE,
             )  # fmt: skip
 

@@ -46,4 +46,7 @@ def select(arch: str, *, heads: int, head_dim: int, whole_row: bool) -> Config:
         )
     threads = 64 if arch.startswith("gfx") else 32
     num_warps = max(1, min(16, tile // (threads * 16)))
-    return Config(block_heads, block_half, 1 << (num_warps.bit_length() - 1))
+    num_warps = 1 << (num_warps.bit_length() - 1)
+    # More threads than pairs in a head: the compiler then loads a row that heads share in the layout of its use,
+    # where it otherwise goes through shared memory and two barriers.
+    return Config(block_heads, block_half, min(16, max(num_warps, 2 * block_half // threads)))
