@@ -231,11 +231,10 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
 
 def _precision(x: Tensor) -> str:
     """What cuDNN would be allowed: TF32, or near-fp32 products from three TF32 ones (AMD multiplies fp32 itself)."""
-    if x.dtype != torch.float32:
-        return "tf32"  # ignored for 16-bit operands
     if arch_for(x).startswith("gfx"):
         return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    # Ignored for 16-bit operands.
+    return "tf32" if x.dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "tf32x3"
 
 
 def tile_span(x: Tensor, config: ConvConfig, kernel: tuple[int, int], stride: tuple[int, int]) -> int:
