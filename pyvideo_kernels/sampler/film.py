@@ -1,0 +1,244 @@
+"""One film: the phases of a run, their times, and what is kept when it is interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from .plan import Plan
+from .problems import Interrupted
+from .settings import Settings
+from .video import destination, write_video
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .run import Sampler
+
+_OnStep = Callable[[int, int, "Tensor"], None]
+
+
+class Film:
+    """One run of the loop."""
+
+    def __init__(self, sampler: Sampler, settings: Settings, plan: Plan) -> None:
+        self.sampler, self.settings, self.plan = sampler, settings, plan
+        self.reporter = sampler.reporter
+        self.seconds: dict[str, float] = {}
+        self.phase = "load"
+        self.pieces: list[Any] = []
+        self.preview_path: Path | None = None
+        self.previewed = False
+
+    def run(
+        self, callback: _OnStep | None, latents: Tensor | None, as_float: bool
+    ) -> tuple[Any, dict[str, Any], Path | None]:
+        """Frames, stats and the path that was written."""
+        s, sampler = self.settings, self.sampler
+        try:
+            pipe = sampler.load()
+            self.seconds["load"], sampler._load_seconds = sampler._load_seconds, 0.0
+            video = self._sample(pipe, callback, latents)
+            from .loop import to_bytes
+
+            frames = to_bytes(video)
+            path = None
+            if s.output is not None:
+                with self._phase("write", total=self.plan.frames) as advance:
+                    path = write_video(
+                        s.output, frames, self.plan.fps, self.metadata(), upscale=self.plan.upscale,
+                        note=self.reporter.note, on_frame=lambda index: advance(),
+                    )  # fmt: skip
+        except KeyboardInterrupt:
+            raise Interrupted(self.phase, self._keep()) from None
+        return (video.cpu().numpy() if as_float else frames), self.stats(), path
+
+    @contextmanager
+    def _phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        from .loading import memory_remedy
+
+        self.phase = name
+        started = time.perf_counter()
+        with (
+            self.reporter.phase(name, total) as advance,
+            memory_remedy(name, self.sampler.device, self.sampler.settings.offload),
+        ):
+            yield advance
+            self._wait()
+        self.seconds[name] = time.perf_counter() - started
+
+    def _wait(self) -> None:
+        """Finish what the GPU was given, so that times are those of the work."""
+        if self.sampler.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.sampler.device)
+
+    def _sample(self, pipe: Any, callback: _OnStep | None, latents: Tensor | None) -> Tensor:
+        import torch
+
+        from .. import dispatch
+        from .loading import read_image, unknown_words
+        from .loop import denoise, encode_text, prepare_latents
+        from .steps import build_scheduler, prepare_steps
+
+        s, plan, device = self.settings, self.plan, self.sampler.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.calls_before = dispatch.calls()
+        if not self.sampler.model.embedded and (words := unknown_words(pipe.tokenizer, s.prompt)):
+            self.reporter.warn(f"the model's tokenizer does not know {', '.join(words)}")
+        with self._phase("text"):
+            conditions = encode_text(pipe, s.prompt, s.negative, plan.guided, device)
+            image = None if s.image is None else read_image(s.image)
+            noise = prepare_latents(pipe, plan, s.seed, device, conditions, image)
+            if latents is not None:
+                noise = latents.to(device, torch.float32)
+        scheduler = build_scheduler(pipe.scheduler, plan.scheduler)
+        own = self.sampler.settings
+        from .kernels import op_names
+
+        stepper, timesteps, why = prepare_steps(
+            scheduler, plan.steps, device, eager=own.eager, ops=op_names(own.ops), impl=own.impl
+        )
+        if why and not own.eager:
+            self.reporter.note(f"diffusers takes the steps: {why}")
+        self.stepped_by = stepper.kind
+        show = self._preview_writer(pipe)
+        with self._phase("denoise", total=len(timesteps)) as advance:
+
+            def on_step(i: int, x: Tensor) -> None:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                advance()
+                if show is not None:
+                    show(i, len(timesteps), stepper.x0 if stepper.x0 is not None else x)
+                if callback is not None:
+                    callback(i, len(timesteps), x)
+
+            clean = denoise(pipe, plan, noise, conditions, stepper, timesteps, scheduler.sigmas, on_step)
+        self.steps_taken = len(timesteps)
+        return self._decode(pipe, clean)
+
+    def _decode(self, pipe: Any, clean: Tensor) -> Tensor:
+        import torch
+
+        from .loading import is_out_of_memory
+        from .loop import decode, to_bytes
+
+        keep = self.settings.output is not None
+        with self._phase("decode", total=int(clean.shape[2])) as advance:
+
+            def on_frames(pixels: Tensor) -> None:
+                if keep:
+                    self.pieces.append(to_bytes(pixels))
+                advance()
+
+            try:
+                video = decode(pipe, clean, on_frames)
+            except (RuntimeError, MemoryError) as error:
+                # The minutes of denoising are worth a second try in tiles.
+                if not is_out_of_memory(error) or pipe.vae.use_tiling:
+                    raise
+                out_of_memory = True
+            else:
+                out_of_memory = False
+            if out_of_memory:
+                self.pieces.clear()
+                if self.sampler.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self.reporter.note("not enough memory to decode whole frames: decoding in tiles")
+                pipe.vae.enable_tiling()
+                try:
+                    video = decode(pipe, clean)
+                finally:
+                    pipe.vae.disable_tiling()
+        # With model offload, the last module goes back too.
+        pipe.maybe_free_model_hooks()
+        return video
+
+    def _preview_writer(self, pipe: Any) -> Callable[[int, int, Tensor], None] | None:
+        s = self.settings
+        if not s.preview or s.output is None:
+            return None
+        from .preview import fit_projection, write_strip
+
+        target = destination(s.output)
+        path = self.preview_path = target.with_name(f"{target.stem}.preview.png")
+        if self.sampler._projection is None:
+            self.sampler._projection = fit_projection(pipe.vae, self.sampler.device)
+        self.reporter.note(f"preview: {path}")
+
+        def show(i: int, total: int, x: Tensor) -> None:
+            # About ten pictures a film.
+            if (i + 1) % max(1, total // 10) == 0 or i == total - 1:
+                write_strip(path, x, self.sampler._projection)
+                self.previewed = True
+
+        return show
+
+    def _keep(self) -> list[Path]:
+        """After Ctrl-C: what was decoded becomes a shorter film of its own; a preview stays."""
+        kept = []
+        if self.pieces and self.phase == "decode" and self.settings.output is not None:
+            import numpy as np
+
+            whole = destination(self.settings.output)
+            partial = whole.with_name(f"{whole.stem}.partial{whole.suffix}")
+            frames = np.concatenate(self.pieces)
+            kept.append(write_video(partial, frames, self.plan.fps, self.metadata(), upscale=self.plan.upscale))
+        if self.previewed and self.preview_path is not None:
+            kept.append(self.preview_path)
+        return kept
+
+    def metadata(self) -> dict[str, Any]:
+        """What the film's file says of its making; no times and no paths, so that the same run gives the same file."""
+        from .loading import dtype_name
+
+        s, own = self.settings, self.sampler.settings
+        return {
+            "generator": f"pyvideo-kernels {__version__}",
+            "prompt": s.prompt,
+            "negative": s.negative or "",
+            "seed": s.seed,
+            "model": self.plan.model,
+            "image": Path(s.image).name if s.image else None,
+            "lora": Path(own.lora).name if own.lora else None,
+            "height": self.plan.height,
+            "width": self.plan.width,
+            "frames": self.plan.frames,
+            "fps": self.plan.fps,
+            "steps": self.plan.steps,
+            "guidance": self.plan.guidance,
+            "scheduler": self.plan.scheduler,
+            "dtype": dtype_name(self.sampler.dtype),
+            "kernels": "diffusers" if own.eager else "pyvideo",
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Everything ``--stats`` keeps of this film."""
+        from .. import dispatch
+        from .stats import peak_memory, versions
+
+        calls: dict[str, dict[str, int]] = {}
+        for (op, impl), count in sorted(dispatch.calls().items()):
+            if new := count - self.calls_before.get((op, impl), 0):
+                calls.setdefault(op, {})[impl] = new
+        report = self.sampler.report
+        return {
+            **self.metadata(),
+            "plan": self.plan.as_dict(),
+            "device": str(self.sampler.device),
+            "steps_by": self.stepped_by,
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()}
+            | {"total": round(sum(self.seconds.values()), 4)},
+            "seconds_per_step": round(self.seconds["denoise"] / max(1, self.steps_taken), 5),
+            "calls": calls,
+            "accelerate": None if report is None else report.to_dict(),
+            "peak_memory_bytes": peak_memory(self.sampler.device),
+            "versions": versions(),
+        }

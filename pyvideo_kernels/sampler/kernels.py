@@ -1,0 +1,85 @@
+"""Which implementation each op would bind, for the plan line and ``pyvideo doctor``."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .. import _native, dispatch
+from ..error_types import UnsupportedError, UsageError
+from ..schemas import OPS
+from .problems import did_you_mean
+from .settings import Settings
+
+
+def forward_ops() -> list[str]:
+    return [name for name in OPS if not name.endswith("_backward")]
+
+
+def op_names(text: str) -> str | tuple[str, ...]:
+    """``all``, or the names in a comma-separated list, checked."""
+    if text == "all":
+        return "all"
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in forward_ops():
+            raise UsageError(
+                f"--ops: there is no op {name!r}{did_you_mean(name, forward_ops())}; there are {', '.join(forward_ops())}"
+            )
+    return names
+
+
+def _chosen(ops: str | Iterable[str]) -> list[str]:
+    return forward_ops() if ops == "all" else list(ops)
+
+
+def check(ops: str | Iterable[str], attention: str | None, impl: str, device: torch.device) -> None:
+    """Refuse, before loading, an explicit choice that this device or op cannot serve.
+
+    Raises:
+        UsageError, DeviceError: names the remedy.
+    """
+    from ..integrations import _ATTENTIONS
+
+    if attention not in _ATTENTIONS:
+        there = ", ".join(str(a) for a in _ATTENTIONS if a)
+        raise UsageError(f"--attention must be one of {there} (left out: the model's own); got {attention!r}")
+    if impl == "auto":
+        return
+    for name in _chosen(ops):
+        if impl in OPS[name].impls:
+            dispatch.check_runs_on(OPS[name], impl, device)
+
+
+def binding(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[tuple[str, bool, str]]]:
+    """The implementation ``auto`` would try first and can have, and the whole walk with reasons."""
+    rows = []
+    for impl, usable, why in dispatch.explain(OPS[name], device, dtype):
+        if impl in ("cpu", "cuda"):
+            # The compiled kernels are bound lazily: that a function is there does not say that they were built.
+            try:
+                _native.op(name, impl)
+            except UnsupportedError as error:
+                usable, why = False, str(error)
+        rows.append((impl, usable, why))
+    return next((impl for impl, usable, _ in rows if usable), "none"), rows
+
+
+def summary(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels, in a few words."""
+    names = _chosen(op_names(settings.ops))
+    if settings.impl != "auto":
+        return f"{len(names)} ops by {settings.impl}"
+    counts = collections.Counter(binding(name, device, dtype)[0] for name in names)
+    return f"{len(names)} ops: " + ", ".join(f"{count} {impl}" for impl, count in counts.most_common())
+
+
+def is_accelerated(pipe: Any) -> bool:
+    """Whether some module of the pipeline already runs through our ops."""
+    from ..integrations import _models
+    from ..integrations.swap import swapped
+
+    return any(True for _, model in _models(pipe) for _ in swapped(model))

@@ -1,0 +1,50 @@
+"""Versions, memory, and the stats file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .problems import OutputError
+from .video import write_bytes
+
+_PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "av", "numpy")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what a run depends on; None for what is not there."""
+    out: dict[str, str | None] = {"python": platform.python_version(), "pyvideo_kernels": __version__}
+    for name in _PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def peak_memory(device: Any) -> int | None:
+    """Most memory torch held on a GPU during this run, or that this process ever held on the host, in bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_stats(path: Path, runs: list[dict[str, Any]]) -> Path:
+    """``{"runs": [...]}`` as JSON, one entry a film."""
+    text = json.dumps({"runs": runs}, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return write_bytes(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    except OSError as error:
+        raise OutputError(
+            f"--stats {path} cannot be written ({error.strerror or error}); choose another file"
+        ) from None
