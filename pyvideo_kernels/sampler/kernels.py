@@ -26,9 +26,8 @@ def op_names(text: str) -> str | tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in forward_ops():
-            raise UsageError(
-                f"--ops: there is no op {name!r}{did_you_mean(name, forward_ops())}; there are {', '.join(forward_ops())}"
-            )
+            known = forward_ops()
+            raise UsageError(f"--ops: there is no op {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
     return names
 
 

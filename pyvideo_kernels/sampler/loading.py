@@ -109,8 +109,8 @@ def _bar_enabled(lib: Any) -> bool:
     return bool(lib.is_progress_bar_enabled()) if hasattr(lib, "is_progress_bar_enabled") else True
 
 
-def load_pipeline(model: Model, dtype: torch.dtype, device: torch.device, offload: str, *, image: bool) -> Any:
-    """The pipeline in evaluation mode, its VAE in fp32, placed as ``offload`` says.
+def load_pipeline(model: Model, dtype: torch.dtype, *, image: bool) -> Any:
+    """The pipeline in evaluation mode, its VAE in fp32, on the CPU.
 
     Only safetensors is read, and only from ``model.path``.
     """
@@ -135,13 +135,17 @@ def load_pipeline(model: Model, dtype: torch.dtype, device: torch.device, offloa
                 raise
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{model.path} cannot be loaded ({reason}); download or save the model again") from error
+    return pipe
+
+
+def place(pipe: Any, device: torch.device, offload: str) -> None:
+    """Onto its device, or under the hooks that bring each part there when it is used."""
     if device.type == "cuda" and offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif device.type == "cuda" and offload == "group":
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
     else:
         pipe.to(device)
-    return pipe
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -76,19 +76,17 @@ def fold(pipe: Any, path: Path, scale: float) -> int:
                 if place is None:
                     unknown.append(key)
                 else:
-                    table, module, kind = place
-                    found.setdefault((table, module), {})[kind] = file.get_tensor(key)
+                    found.setdefault(place[:2], {})[place[2]] = file.get_tensor(key)
     except SafetensorError as error:
         raise ModelError(f"--lora {path} is not a whole safetensors file ({error}); download it again") from None
     if unknown or not found:
         some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise ModelError(
-            f"--lora {path} does not fit this model: {f'it has no place for {some}' if unknown else 'the file is empty'}; "
-            "use a LoRA that was made for it"
-        )
-    changes = []
-    for (table, name), parts in found.items():
-        changes.append((tables[table][name], *_deltas(path, name, tables[table][name], parts)))
+        why = f"it has no place for {some}" if unknown else "the file is empty"
+        raise ModelError(f"--lora {path} does not fit this model: {why}; use a LoRA that was made for it")
+    changes: list[tuple[Any, Tensor | None, Tensor | None]] = []
+    for (which, name), parts in found.items():
+        target = tables[which][name]
+        changes.append((target, *_deltas(path, name, target, parts)))
     for module, delta, bias in changes:
         _add(module.weight, delta, scale)
         if bias is not None:
@@ -108,17 +106,15 @@ def _table(transformer: nn.Module | None) -> dict[str, nn.Module]:
 
 
 def _place(key: str, tables: dict[str, dict[str, nn.Module]]) -> tuple[str, str, str] | None:
-    for suffix, kind in _KINDS.items():
-        if key.endswith("." + suffix):
-            stem = key[: -len(suffix) - 1]
-            break
-    else:
+    suffix = next((suffix for suffix in _KINDS if key.endswith("." + suffix)), None)
+    if suffix is None:
         return None
+    stem = key[: -len(suffix) - 1]
     which = "transformer_2." if stem.startswith("transformer_2.") else ""
     stem = stem.removeprefix("transformer_2.")
     for name in _stripped(stem):
         if name in tables[which]:
-            return which, name, kind
+            return which, name, _KINDS[suffix]
     return None
 
 

@@ -79,10 +79,9 @@ def read_model(path: Path, name: str | None = None) -> Model:
     """
     index_path = path / "model_index.json"
     if not index_path.is_file():
-        hint = f"; did you mean {path.parent}?" if (path.parent / "model_index.json").is_file() else ""
-        raise ModelError(
-            f"{path} is not a diffusers pipeline (no model_index.json){hint or '; give the directory that save_pretrained made'}"
-        )
+        above = (path.parent / "model_index.json").is_file()
+        remedy = f"did you mean {path.parent}?" if above else "give the directory that save_pretrained made"
+        raise ModelError(f"{path} is not a diffusers pipeline (no model_index.json); {remedy}")
     index = _json(index_path)
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
@@ -166,8 +165,8 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     pickles = sorted(f.name for pattern in _PICKLES for f in folder.glob(pattern))
     if pickles:
         raise ModelError(
-            f"{folder} holds only {pickles[0]}, which may run code when it is unpickled; only safetensors is ever loaded: "
-            "save the pipeline again with safe_serialization=True"
+            f"{folder} holds only {pickles[0]}, which may run code when it is unpickled; only safetensors is ever "
+            "loaded: save the pipeline again with safe_serialization=True"
         )
     raise ModelError(f"{folder} holds no .safetensors weights; give a complete diffusers pipeline")
 

@@ -137,8 +137,9 @@ def _download(repo: str, note: Callable[[str], None]) -> Path:
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
+            hint = did_you_mean(repo, KNOWN)
             raise ModelError(
-                f"{repo} is not on the hub, or is private or gated{did_you_mean(repo, KNOWN)}: check the name, or hf auth login"
+                f"{repo} is not on the hub, or is private or gated{hint}: check the name, or hf auth login"
             ) from None
         raise ModelError(f"{repo} cannot be downloaded (HTTP {status}): {elsewhere}") from None
     except Exception as error:  # the hub's client raises its transport's own errors

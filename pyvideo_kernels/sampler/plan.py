@@ -69,7 +69,8 @@ def make_plan(settings: Settings, model: Model, image_size: tuple[int, int] | No
     d = model.defaults
     if settings.image is not None and not model.takes_image:
         raise UsageError(
-            f"{model.name} makes films from text alone: drop --image, or choose an image-to-video model (pyvideo models)"
+            f"{model.name} makes films from text alone: drop --image, or choose an image-to-video model (see "
+            "pyvideo models)"
         )
     if settings.image is None and model.wants_image:
         raise UsageError(f"{model.name} starts from a picture: add --image FILE")

@@ -1,4 +1,4 @@
-"""How a run reports itself: rich bars on a terminal, plain lines elsewhere, nothing from the Python call. Torch-free."""
+"""How a run reports itself: bars on a terminal, plain lines elsewhere, nothing from Python. Torch-free."""
 
 from __future__ import annotations
 

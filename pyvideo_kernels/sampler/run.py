@@ -146,11 +146,14 @@ class Sampler:
             if not self._given:
                 loading.check_fits(self.model, self.dtype, self.device, s.offload)
                 image = s.image is not None or self.model.wants_image
-                self.pipe = loading.load_pipeline(self.model, self.dtype, self.device, s.offload, image=image)
+                pipe = loading.load_pipeline(self.model, self.dtype, image=image)
                 if s.lora is not None:
                     from .lora import fold
 
-                    fold(self.pipe, *lora_file(s.lora))
+                    # Before offloading: its hooks keep copies of the weights.
+                    fold(pipe, *lora_file(s.lora))
+                loading.place(pipe, self.device, s.offload)
+                self.pipe = pipe
             swapped = self._given and kernels.is_accelerated(self.pipe)
             if s.eager and swapped:
                 raise UsageError("eager was asked for and the pipeline is accelerated: restore(pipe) first")

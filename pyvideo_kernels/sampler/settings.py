@@ -139,7 +139,8 @@ PER_LINE = ("prompt", "negative", "image", "height", "width", "frames", "fps", "
 def _typed(where: str, key: str, value: Any, kind: str) -> Any:
     if value is None:
         return None
-    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+    fits = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if not fits:
         raise UsageError(f"{where}: {key} must be of type {kind}; got {value!r}")
     return float(value) if kind == "float" else value
 

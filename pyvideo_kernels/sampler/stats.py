@@ -42,9 +42,12 @@ def peak_memory(device: Any) -> int | None:
 def write_stats(path: Path, runs: list[dict[str, Any]]) -> Path:
     """``{"runs": [...]}`` as JSON, one entry a film."""
     text = json.dumps({"runs": runs}, indent=2, ensure_ascii=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
     try:
-        return write_bytes(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+        return write_bytes(path, write)
     except OSError as error:
-        raise OutputError(
-            f"--stats {path} cannot be written ({error.strerror or error}); choose another file"
-        ) from None
+        why = error.strerror or error
+        raise OutputError(f"--stats {path} cannot be written ({why}); choose another file") from None
