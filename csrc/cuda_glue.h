@@ -16,7 +16,7 @@ namespace pyvideo {
 inline cudaStream_t current_stream(const Tensor& t) {
   PYVIDEO_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA support");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
