@@ -2,8 +2,8 @@
 
 Nothing is wrapped and no class is touched: the module keeps its type, its parameters and its place in the tree, so
 state dicts, LoRA, caches and offloading keep working. Only the innermost forward changes: the instance's own one, or
-the one a hook of diffusers or accelerate has stored away. A replacement is ``functools.partial(function, module,
-settings)`` with a module-level ``function``, which pickles and deep-copies with the module it belongs to.
+the one a hook of diffusers or accelerate has stored away. A replacement is a method bound to its module, which finds
+everything else on the module it is bound to, so a deep copy is independent; a pickle is the stock module.
 
 The ownership rule: a fused op that reads weights runs inside the forward of the module that owns them, because hooks
 fetch, cast and evict weights around that forward. Extra arguments are passed to it by our own callers only.
@@ -12,10 +12,13 @@ fetch, cast and evict weights around that forward. Extra arguments are passed to
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +95,44 @@ class _Mark:
         self.settings = settings
         self.original = original
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        return _Mark(copy.deepcopy(self.settings, memo), copy.deepcopy(self.original, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled module is the stock one: it must load where this package, or its version, is not the same.
+        return _no_mark, ()
+
+
+def _no_mark() -> None:
+    return None
+
+
+@functools.cache
+def _as_method(function: Callable[..., Any]) -> types.FunctionType:
+    """``function(module, settings, ...)`` as ``forward(self, ...)``; one for all the modules it stands in for.
+
+    Bound with types.MethodType, which deep-copies with its module, and which torch.compile recognises by its code: a
+    functools.partial or a callable object would be guarded by identity, and every block compiled anew.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, getattr(self, MARK).settings, *args, **kwargs)
+
+    signature = inspect.signature(function)
+    module, _, *rest = signature.parameters.values()
+    # The name stays "forward": a pickled bound method is looked up by it, and finds the forward of the class.
+    forward.__module__, forward.__qualname__, forward.__doc__ = __name__, "forward", function.__doc__
+    forward.__signature__ = signature.replace(parameters=[module, *rest])  # type: ignore[attr-defined]
+    _ours.add(forward)
+    return forward
+
+
+_ours: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, types.MethodType) and forward.__func__ in _ours
+
 
 # Where the innermost forward lives ------------------------------------------------------------------------------
 
@@ -138,10 +179,6 @@ def _is_stock(forward: Any, module: nn.Module) -> bool:
     )
 
 
-def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, functools.partial) and len(forward.args) == 2 and isinstance(forward.args[1], Settings)
-
-
 def obstacle(module: nn.Module) -> str | None:
     """Why the forward of ``module`` cannot be replaced, or None. Our own earlier swap is no obstacle."""
     holder, attribute = innermost(module)
@@ -163,7 +200,7 @@ def install(swap: Swap, settings: Settings) -> None:
     holder, attribute = innermost(module)
     original = holder.__dict__.get(attribute)
     module.__dict__[MARK] = _Mark(settings, original)
-    holder.__dict__[attribute] = functools.partial(swap.forward, module, settings)
+    holder.__dict__[attribute] = types.MethodType(_as_method(swap.forward), module)
 
 
 def remove(module: nn.Module) -> bool:
