@@ -16,9 +16,9 @@ def _gate_residual_fwd_kernel(
     x_ptr, y_ptr, gate_ptr, out_ptr,
     s, d, row_blocks,
     x_b, x_s, y_b, y_s, gate_b, gate_s,
-    HAS_GATE: tl.constexpr, GATE_PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # A program stays within one clip, so that a per-batch gate is one vector for the whole tile.
+    # A program stays within one clip: no division per row.
     pid = tl.program_id(0)
     b = (pid // row_blocks).to(tl.int64)
     tokens = (pid % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -27,11 +27,9 @@ def _gate_residual_fwd_kernel(
     x = tl.load(x_ptr + b * x_b + tokens[:, None] * x_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + b * y_b + tokens[:, None] * y_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_GATE:
-        if GATE_PER_TOKEN:
-            at = gate_ptr + b * gate_b + tokens[:, None] * gate_s + cols[None, :]
-            y = y * tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        else:
-            y = y * tl.load(gate_ptr + b * gate_b + cols, mask=cols < d, other=0.0).to(tl.float32)[None, :]
+        # Through the first-level cache for a per-batch gate (row stride 0): cheaper than a trip through shared memory.
+        at = gate_ptr + b * gate_b + tokens[:, None] * gate_s + cols[None, :]
+        y = y * tl.load(at, mask=mask, other=0.0).to(tl.float32)
     out = out_ptr + (b * s + tokens)[:, None] * d + cols[None, :]
     tl.store(out, (x + y).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -47,7 +45,7 @@ def launch_fwd(x: Tensor, y: Tensor, gate: Tensor | None, out: Tensor, config: e
             x, y, gate, out,
             s, d, row_blocks,
             x.stride(0), x.stride(1), y.stride(0), y.stride(1), *bs_strides(gate),
-            gate is not None, gate is not None and gate.shape[1] > 1, config.rows, config.block_d,
+            gate is not None, config.rows, config.block_d,
             num_warps=config.num_warps,
         )  # fmt: skip
 

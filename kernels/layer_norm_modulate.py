@@ -23,9 +23,9 @@ def norm_modulate_rows(
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / d + eps)
     y = centred * rstd[:, None]
     if HAS_WEIGHT:
-        y = y * tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        y = y * tl.load(weight_ptr + cols[None, :], mask=col_mask[None, :], other=0.0).to(tl.float32)
     if HAS_BIAS:
-        y = y + tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        y = y + tl.load(bias_ptr + cols[None, :], mask=col_mask[None, :], other=0.0).to(tl.float32)
     if HAS_SCALE:
         at = scale_ptr + (row_b * scale_b + row_s * scale_s)[:, None] + cols[None, :]
         y = y * (1.0 + tl.load(at, mask=mask, other=0.0).to(tl.float32))

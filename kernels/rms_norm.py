@@ -39,7 +39,7 @@ def _rms_norm_fwd_kernel(
     x = tl.load(x_ptr + offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 1) / d + eps)[:, None]
     if HAS_WEIGHT:
-        y = y * tl.load(weight_ptr + cols, mask=cols < d, other=0.0).to(tl.float32)[None, :]
+        y = y * tl.load(weight_ptr + cols[None, :], mask=(cols < d)[None, :], other=0.0).to(tl.float32)
     tl.store(y_ptr + rows[:, None] * d + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
