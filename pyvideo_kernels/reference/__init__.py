@@ -37,4 +37,4 @@ def reduce_to(grad: Tensor, like: Tensor) -> Tensor:
         *range(extra),
         *(i + extra for i, n in enumerate(like.shape) if n == 1 and grad.shape[i + extra] != 1),
     ]
-    return (grad.sum(dims) if dims else grad).reshape(like.shape).to(like.dtype)
+    return (grad.sum(dims) if dims else grad).reshape(like.shape).to(like.dtype).contiguous()

@@ -17,7 +17,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     branch = up(y, dtype)
     if gate is not None:
         branch = branch * up(gate, dtype)
-    return (up(x, dtype) + branch).to(x.dtype)
+    return (up(x, dtype) + branch).to(x.dtype).contiguous()
 
 
 def gate_residual_backward(
@@ -34,14 +34,18 @@ def gate_residual_backward(
     dout = up(grad, dtype)
     out: list[Tensor] = []
     if needs[0]:
-        # A custom op may not return one of its inputs: the identity still needs its own storage.
-        out.append(dout.to(x.dtype, copy=True))
+        out.append(_fresh(dout, x))
     if needs[1]:
         dy = dout if gate is None else dout * up(gate, dtype)
-        out.append(dy.to(y.dtype, copy=True))
+        out.append(_fresh(dy, y))
     if needs[2] and gate is not None:
         out.append(reduce_to(dout * up(y, dtype), gate))
     return out
+
+
+def _fresh(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` in the dtype of ``like``, in storage of its own: a custom op may not return one of its inputs."""
+    return grad.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:

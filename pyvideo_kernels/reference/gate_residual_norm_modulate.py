@@ -56,10 +56,10 @@ def gate_residual_norm_modulate_backward(
     if stream:
         dx_new = dx_new + parts.pop(0)
     if needs[0]:
-        out.append(dx_new.to(x.dtype))
+        out.append(dx_new.to(x.dtype).contiguous())
     if needs[1]:
         dy = dx_new if gate is None else dx_new * up(gate, dtype)
-        out.append(dy.to(y.dtype, copy=True))
+        out.append(dy.to(y.dtype, copy=True, memory_format=torch.contiguous_format))
     if needs[2] and gate is not None:
         out.append(reduce_to(dx_new * up(y, dtype), gate))
     return out + parts

@@ -25,7 +25,8 @@ def guidance_step(
 ) -> Tensor:
     """latent + (sigma_next - sigma) * guided velocity, one rounding to the dtype of ``latent``."""
     dtype = compute_dtype(latent)
-    return (up(latent, dtype) + (sigma_next - sigma) * guided(cond, uncond, guidance_scale, dtype)).to(latent.dtype)
+    out = up(latent, dtype) + (sigma_next - sigma) * guided(cond, uncond, guidance_scale, dtype)
+    return out.to(latent.dtype).contiguous()
 
 
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -32,7 +32,7 @@ def layer_norm_modulate(
         y = y * (1 + up(scale, dtype))
     if shift is not None:
         y = y + up(shift, dtype)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 def layer_norm_modulate_backward(
@@ -64,7 +64,7 @@ def layer_norm_modulate_backward(
     if needs[0]:
         dxhat = daffine if weight is None else daffine * up(weight, dtype)
         centring = dxhat.mean(-1, keepdim=True) + xhat * (dxhat * xhat).mean(-1, keepdim=True)
-        out.append(((dxhat - centring) * rstd).to(x.dtype))
+        out.append(((dxhat - centring) * rstd).to(x.dtype).contiguous())
     if needs[1] and scale is not None:
         out.append(reduce_to(dy * affine, scale))
     if needs[2] and shift is not None:

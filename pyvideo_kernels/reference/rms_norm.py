@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y = xf * (xf.square().mean(-1, keepdim=True) + eps).rsqrt()
     if weight is not None:
         y = y * up(weight, dtype)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 def rms_norm_backward(
@@ -38,7 +38,7 @@ def rms_norm_backward(
     out: list[Tensor] = []
     if needs[0]:
         dxhat = dy if weight is None else dy * up(weight, dtype)
-        out.append(((dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)) * rstd).to(x.dtype))
+        out.append(((dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)) * rstd).to(x.dtype).contiguous())
     if needs[1] and weight is not None:
         out.append(reduce_to(dy * xhat, weight))
     return out

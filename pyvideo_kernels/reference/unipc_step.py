@@ -33,7 +33,8 @@ def unipc_step(
         corrected = _combine(corrector, [up(last_sample, dtype), x0, *past])
     prev = _combine(predictor, [corrected, x0, *past])
     # A custom op may not return its input: without a corrector ``corrected`` is a copy of ``sample``.
-    return prev.to(sample.dtype), x0.to(sample.dtype), corrected.to(sample.dtype, copy=True)
+    corrected = corrected.to(sample.dtype, copy=True, memory_format=torch.contiguous_format)
+    return prev.to(sample.dtype).contiguous(), x0.to(sample.dtype).contiguous(), corrected
 
 
 def _combine(coefficients: Sequence[float], terms: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,125 @@
+import pytest
+import torch
+
+import pyvideo_kernels as pv
+from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError
+from pyvideo_kernels.testing.compare import Mismatch, assert_close
+
+from . import helpers
+
+NAME = "rms_norm"
+
+
+def _inputs(*shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=g).to(dtype)
+    return x, (torch.randn(shape[-1], generator=g) * 0.3 + 1).to(dtype)
+
+
+@pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME))
+def test_matches_float64(impl, device, dtype):
+    helpers.check_implementation(NAME, impl, device, dtype)
+
+
+def test_contract():
+    helpers.check_op_contract(NAME)
+
+
+def test_gradients():
+    helpers.check_gradients(NAME)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 7, 40), (5, 33), (2, 3, 4, 16)])
+def test_matches_torch_rms_norm(shape, dtype):
+    x, weight = _inputs(*shape, dtype=dtype)
+    module = torch.nn.RMSNorm(shape[-1], eps=1e-6, dtype=dtype)
+    module.load_state_dict({"weight": weight})
+    with torch.no_grad():
+        exact = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight.double(), 1e-6)
+        for impl in ("auto", "reference", "triton"):
+            out = pv.rms_norm(x.to(helpers.DEVICE), weight.to(helpers.DEVICE), eps=1e-6, impl=impl)
+            assert_close(out.cpu(), exact, module(x), impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_is_no_worse_than_autograd_through_torch(dtype):
+    x, weight = _inputs(2, 7, 40)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients(dtype, function):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        return torch.autograd.grad(function(*leaves), leaves, grad.to(dtype))
+
+    def eager(x, weight):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+    exact, low = gradients(torch.float64, eager), gradients(dtype, eager)
+    for name, got, own, ref in zip(("x", "weight"), gradients(dtype, pv.rms_norm), low, exact, strict=True):
+        assert_close(got, ref, own, name)
+
+
+def test_fullgraph():
+    helpers.check_fullgraph(pv.rms_norm, *_inputs(2, 3, 32))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, 1],  # k of a packed projection
+        lambda x: x[:, ::2],
+        lambda x: x.permute(3, 2, 1, 0, 4),
+        lambda x: x[0, :, 0].transpose(0, 1),
+        lambda x: x[1, 2],
+        lambda x: x[:1, :, :1],
+        lambda x: x[0, 0, 0, 0].expand(3, 2, 8),
+    ],
+)
+def test_any_strides(view):
+    x, weight = _inputs(2, 5, 3, 4, 8)
+    rows = view(x).to(helpers.DEVICE)
+    weight = weight.to(helpers.DEVICE)
+    out = pv.rms_norm(rows, weight, impl="triton")
+    assert out.is_contiguous()
+    assert torch.equal(out, pv.rms_norm(rows.contiguous(), weight, impl="triton"))
+    assert_close(out, pv.rms_norm(rows.double(), weight.double()), pv.rms_norm(rows, weight, impl="reference"))
+
+
+def test_the_rule_sees_a_layer_norm_and_a_forgotten_weight():
+    x, weight = _inputs(3, 40)
+    x = x + 0.5
+    right, exact = pv.rms_norm(x, weight), pv.rms_norm(x.double(), weight.double())
+    assert_close(right, exact, right)
+    for wrong in (torch.nn.functional.layer_norm(x, (40,), weight), pv.rms_norm(x), pv.rms_norm(x, weight, eps=1e-2)):
+        with pytest.raises(Mismatch):
+            assert_close(wrong, exact, right)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_runs_are_bitwise_equal(impl):
+    x, weight = (t.to(helpers.DEVICE) for t in _inputs(3, 67))
+    assert torch.equal(pv.rms_norm(x, weight, impl=impl), pv.rms_norm(x, weight, impl=impl))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(())}, ShapeError, "`x` must have"),
+        ({"x": torch.zeros(1, 1, 1, 1, 1, 8)}, ShapeError, "`x` must have"),
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, DTypeError, "`x` must be float32"),
+        ({"x": torch.zeros(8, 3).mT}, ShapeError, "`x` must have a contiguous last dimension"),
+        ({"weight": torch.zeros(7)}, ShapeError, r"`weight` must be \[8\]"),
+        ({"weight": torch.zeros(1, 8)}, ShapeError, "`weight` must have 1 dimensions"),
+        ({"weight": torch.zeros(8, device="meta")}, DeviceError, "`weight` must be on cpu"),
+        ({"x": torch.zeros(3, 8, dtype=torch.float64), "weight": None, "impl": "triton"}, UnsupportedError, "float64"),
+        ({"x": torch.zeros(1, 16385), "weight": None, "impl": "triton"}, UnsupportedError, "exceed 16384"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, error, words):
+    with pytest.raises(error, match=words):
+        pv.rms_norm(**{"x": torch.zeros(3, 8), "weight": torch.zeros(8), **change})
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_no_rows(impl):
+    assert pv.rms_norm(torch.zeros(2, 0, 8, device=helpers.DEVICE), impl=impl).shape == (2, 0, 8)
