@@ -300,22 +300,22 @@ def solver_for(scheduler: Any, *, impl: str = "auto") -> FlowSolver:
         UnsupportedError: another scheduler, or an option that has no one-kernel form; use ``scheduler.step``.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    if name not in ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"):
+        raise UnsupportedError(f"no one-kernel step for {name}; use its own step()")
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise UnsupportedError(f"{name}: call set_timesteps first")
     sigmas = scheduler.sigmas.tolist()[getattr(scheduler, "begin_index", None) or 0 :]
     if name == "FlowMatchEulerDiscreteScheduler":
         _require(name, config, stochastic_sampling=False, invert_sigmas=False)
         return EulerSolver(sigmas, impl=impl)
-    if name == "UniPCMultistepScheduler":
-        _require(
-            name, config, prediction_type="flow_prediction", use_flow_sigmas=True, predict_x0=True, thresholding=False,
-            solver_p=None,
-        )  # fmt: skip
-        return UniPCSolver(
-            sigmas, order=config.solver_order, solver_type=config.solver_type,
-            lower_order_final=config.lower_order_final, disable_corrector=tuple(config.disable_corrector), impl=impl,
-        )  # fmt: skip
-    raise UnsupportedError(f"no one-kernel step for {name}; use its own step()")
+    _require(
+        name, config, prediction_type="flow_prediction", use_flow_sigmas=True, predict_x0=True, thresholding=False,
+        solver_p=None,
+    )  # fmt: skip
+    return UniPCSolver(
+        sigmas, order=config.solver_order, solver_type=config.solver_type,
+        lower_order_final=config.lower_order_final, disable_corrector=tuple(config.disable_corrector), impl=impl,
+    )  # fmt: skip
 
 
 def _require(name: str, config: Any, **expected: Any) -> None:

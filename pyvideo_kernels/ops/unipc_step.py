@@ -37,7 +37,7 @@ def unipc_step(
 
     Args:
         sample: noisy latent at ``sigma``, any shape and strides, fp32/bf16/fp16 (fp64 by the reference).
-        cond, uncond: velocity predictions of the shape of ``sample``, any of these dtypes; ``uncond`` None: no guidance.
+        cond, uncond: velocity predictions of that shape, any of these dtypes; ``uncond`` None: no guidance.
         last_sample: ``corrected`` of the previous step; None where ``corrector`` is empty.
         history: ``x0`` of earlier steps, the latest first; at most three for ``triton``.
         guidance_scale: 1 is the conditional prediction; unused where ``uncond`` is None.
