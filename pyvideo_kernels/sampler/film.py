@@ -12,7 +12,7 @@ from .. import __version__
 from .plan import Plan
 from .problems import Interrupted
 from .settings import Settings
-from .video import destination, write_video
+from .video import destination, read_image, write_video
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class Film:
         import torch
 
         from .. import dispatch
-        from .loading import read_image, unknown_words
+        from .loading import unknown_words
         from .loop import denoise, encode_text, prepare_latents
         from .steps import build_scheduler, prepare_steps
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,14 +176,3 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     words = dict.fromkeys(prompt.split())
     ids = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in words}
     return [word for word, tokens in ids.items() if unknown in tokens]
-
-
-def read_image(path: str | Path) -> Any:
-    """A picture as RGB, or UsageError."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UsageError(f"--image {path} cannot be read ({error}); give a PNG, JPEG or WebP picture") from None

@@ -29,13 +29,15 @@ class Conditions:
 @torch.no_grad()
 def encode_text(pipe: Any, prompt: str, negative: str | None, guided: bool, device: torch.device) -> Conditions:
     """Prompt embeddings in the transformer's dtype, as the pipeline makes them."""
-    cond, uncond = pipe.encode_prompt(
-        prompt,
-        negative_prompt=negative,
-        do_classifier_free_guidance=guided,
-        max_sequence_length=TEXT_TOKENS,
-        device=device,
-    )
+    from diffusers import WanPipeline
+
+    # Every Wan pipeline encodes alike; the image-to-video one of diffusers 0.42 fails at this without ftfy, so the
+    # text-to-video method serves both. No negative prompt is the empty one.
+    texts = [prompt, negative or ""] if guided else [prompt]
+    encoded = [
+        WanPipeline._get_t5_prompt_embeds(pipe, text, max_sequence_length=TEXT_TOKENS, device=device) for text in texts
+    ]
+    cond, uncond = encoded if guided else (encoded[0], None)
     dtype = _transformer(pipe).dtype
     return Conditions(cond.to(dtype), None if uncond is None else uncond.to(dtype))
 

@@ -15,7 +15,7 @@ from .models import resolve
 from .plan import Plan, make_plan
 from .progress import Reporter
 from .settings import Settings, lora_file
-from .video import check_output
+from .video import check_output, read_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,9 @@ class Sampler:
         self.reporter = reporter or Reporter()
         self.pipe, self._given = pipe, pipe is not None
         if pipe is not None:
+            for name, default in (("dtype", "auto"), ("device", "auto"), ("offload", "none"), ("lora", None)):
+                if getattr(settings, name) != default:
+                    raise UsageError(f"the pipeline is loaded already: choose its {name} where you load it")
             self.model: Model = describe_pipeline(pipe)
         else:
             self.model = read_model(resolve(settings.model, self.reporter.note), settings.model)
@@ -77,9 +80,7 @@ class Sampler:
         """
         settings.check()
         size = None
-        if settings.image is not None:
-            from .loading import read_image
-
+        if settings.image is not None and self.model.takes_image:
             size = read_image(settings.image).size
         plan = make_plan(settings, self.model, size)
         if settings.output is not None:

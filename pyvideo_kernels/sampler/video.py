@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..error_types import UsageError
 from .problems import OutputError
 
 # Encoders in order of preference, with their options. Constant quality; small films are worth the bits.
@@ -203,7 +204,8 @@ def _write_av(path: Path, images: Iterator[Any], kind: str, fps: float, text: st
     if codec != preferred:
         note(f"FFmpeg has no {preferred} here; writing {codec}")
     rate = Fraction(fps).limit_denominator(1001)
-    settings = {"movflags": "+faststart"} if kind == ".mp4" else {}
+    # bitexact: no random identifiers, so that the same film is the same file.
+    settings = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if kind == ".mp4" else {})
     try:
         with av.open(str(path), "w", format=kind[1:], options=settings) as container:
             container.metadata["comment"] = text
@@ -281,3 +283,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def read_image(path: str | Path) -> Any:
+    """A picture as RGB, or UsageError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise UsageError(f"--image {path} cannot be read ({error}); give a PNG, JPEG or WebP picture") from None
