@@ -20,7 +20,7 @@ from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs.causal_conv3d import ConvConfig, select
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.ops.causal_conv3d import pack_weight
-from pyvideo_kernels.reference.causal_conv3d import check_pad_mode
+from pyvideo_kernels.reference.causal_conv3d import check_pad_mode, output_shape
 
 from .launch import cdiv, on_device
 
@@ -301,9 +301,8 @@ def causal_conv3d(
     check_pad_mode(pad_mode)
     if x.dtype == torch.float64:
         raise UnsupportedError("causal_conv3d: impl 'triton' has no float64; use impl='reference'")
-    b, t, h, w, c = x.shape
-    o, _, _, kh, kw = weight.shape
-    st, sh, sw = stride
+    o, c, _, kh, kw = weight.shape
+    _, sh, sw = stride
     if cache is not None and cache.shape[1] == 0:
         cache = None
     packed = pack_weight(weight)
@@ -312,7 +311,7 @@ def causal_conv3d(
     views = [view for view in (x, cache, residual) if view is not None]
     if max(tile_span(view, config, (kh, kw), (sh, sw)) for view in views) >= 2**31:
         raise UnsupportedError("causal_conv3d: impl 'triton' needs a tile of pixels within 2^31 elements; copy the view")
-    y = x.new_empty((b, (t - 1) // st + 1, (h - 1) // sh + 1, (w - 1) // sw + 1, o))
+    y = x.new_empty(output_shape(x, weight, stride))
     if y.numel():
         launch_fwd(x, packed, bias, cache, stride, residual, y, config)
     return y

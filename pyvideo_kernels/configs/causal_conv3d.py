@@ -50,10 +50,9 @@ def select(arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> ConvCo
     warps = 4 if n + n2 < 64 else 8
     roomy = arch in ("sm_80", "sm_90", "sm_100", "sm_103")
     if has_tma(arch) and aligned:
-        return ConvConfig(8, 16, block_k, n, n2, warps, 4 if roomy or block_k < 64 else 2, descriptors=True)
-    if not roomy:
-        return ConvConfig(8, 16, min(block_k, 32), n, n2, warps, 3)
-    return ConvConfig(8, 16, block_k, n, n2, warps, 3)
+        return ConvConfig(8, 16, block_k, n, n2, warps, 4 if roomy or block_k < 64 else 3, descriptors=True)
+    # Without descriptors a step's addresses and masks cost registers, and 100 KB do not hold three wide steps.
+    return ConvConfig(8, 16, block_k if roomy else min(block_k, 32), n, n2, warps, 4)
 
 
 def _fp32(arch: str, block_k: int, n: int, n2: int, aligned: bool) -> ConvConfig:

@@ -19,7 +19,7 @@ from ..errors import (
     describe,
     refuse_grad,
 )
-from ..reference.causal_conv3d import check_pad_mode, with_past
+from ..reference.causal_conv3d import check_pad_mode, output_shape, with_past
 from ._checks import check_vector
 
 PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
@@ -80,7 +80,7 @@ def causal_conv3d(
     op = "causal_conv3d"
     check_tensor(op, "x", x, ndim=5)
     check_tensor(op, "weight", weight, ndim=5)
-    b, t, h, w, c = x.shape
+    b, _, h, w, c = x.shape
     out, _, kt, kh, kw = weight.shape
     if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0:
         bad_shape(op, "weight", f"[O, {c}, kt, kh, kw] with odd kh and kw for `x` {list(x.shape)}", weight)
@@ -102,9 +102,9 @@ def causal_conv3d(
             raise DTypeError(f"{op}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
     if residual is not None:
         check_tensor(op, "residual", residual, ndim=5)
-        expected = [b, *((size - 1) // step + 1 for size, step in zip((t, h, w), steps, strict=True)), out]
-        if list(residual.shape) != expected:
-            bad_shape(op, "residual", str(expected), residual)
+        expected = output_shape(x, weight, steps)
+        if residual.shape != expected:
+            bad_shape(op, "residual", str(list(expected)), residual)
     check_last_dim_contiguous(op, x=x, cache=cache, residual=residual)
     check_same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
     refuse_grad(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
@@ -131,6 +131,8 @@ def causal_conv3d_cpu(
     )
     if not torch.backends.mkldnn.is_available() or not supported:
         raise UnsupportedError(f"causal_conv3d: oneDNN does not take {x.dtype} here; use impl='reference'")
+    if x.numel() == 0:
+        return x.new_zeros(output_shape(x, weight, stride))
     _, _, kt, kh, kw = weight.shape
     past = kt - 1
     if x.shape[1] == 1:

@@ -18,6 +18,12 @@ def check_pad_mode(pad_mode: str) -> None:
         raise UnsupportedError(f"causal_conv3d: `pad_mode` {pad_mode!r} is not built yet; there is 'zeros'")
 
 
+def output_shape(x: Tensor, weight: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
+    """``[B, ceil(T / st), ceil(H / sh), ceil(W / sw), O]``: padding makes up for the kernel."""
+    b, *sizes, _ = x.shape
+    return (b, *((size - 1) // step + 1 for size, step in zip(sizes, stride, strict=True)), weight.shape[0])
+
+
 def with_past(x: Tensor, cache: Tensor | None, frames: int) -> Tensor:
     """``x [B, T, ...]`` preceded by ``frames`` frames: those of ``cache``, and zeros before them."""
     parts = [x] if cache is None else [cache, x]
@@ -39,6 +45,8 @@ def causal_conv3d(
 ) -> Tensor:
     """Convolution over [past, x], spatially zero-padded by k // 2, plus bias and residual; one rounding at the end."""
     check_pad_mode(pad_mode)
+    if x.numel() == 0:
+        return x.new_zeros(output_shape(x, weight, stride))
     dtype = compute_dtype(x)
     _, _, kt, kh, kw = weight.shape
     frames = up(with_past(x, cache, kt - 1), dtype).permute(0, 4, 1, 2, 3)

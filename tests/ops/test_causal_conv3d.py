@@ -1,0 +1,267 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import pyvideo_kernels as pv
+from pyvideo_kernels.configs import causal_conv3d as configs
+from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError, ValueOptionError
+from pyvideo_kernels.ops.causal_conv3d import pack_weight
+from pyvideo_kernels.schemas import OPS
+from pyvideo_kernels.testing.compare import Mismatch, assert_close, samples
+
+from . import helpers
+
+NAME = "causal_conv3d"
+
+
+def _inputs(b=1, t=2, h=3, w=4, c=16, out=16, kernel=(3, 3, 3), cached=2, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    fan_in = c * kernel[0] * kernel[1] * kernel[2]
+    return {
+        "x": randn(b, t, h, w, c),
+        "weight": randn(out, c, *kernel, scale=fan_in**-0.5),
+        "bias": randn(out),
+        "cache": randn(b, cached, h, w, c) if cached else None,
+        "residual": randn(b, t, h, w, out),
+    }
+
+
+def _to(arguments, target):
+    return {name: value.to(target) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def _kernels():
+    return __import__("pyvideo_kernels.kernels.causal_conv3d", fromlist=["select"])
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """Interpret the descriptor variant wherever a descriptor can address the tensors; counts its launches."""
+    kernels, used = _kernels(), []
+
+    def select(arch, *, aligned, **shape):
+        config = dataclasses.replace(configs.select(arch, aligned=aligned, **shape), descriptors=aligned)
+        used.append(config.descriptors)
+        return config
+
+    monkeypatch.setattr(kernels, "select", select)
+    return used
+
+
+@pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME))
+def test_matches_float64(impl, device, dtype):
+    helpers.check_implementation(NAME, impl, device, dtype)
+
+
+def test_descriptor_variant_matches_float64(descriptors):
+    helpers.check_implementation(NAME, "triton", helpers.DEVICE, torch.float16)
+    # All samples but those of 3, 12 and 20 channels, whose rows are no multiple of 16 bytes.
+    assert descriptors.count(True) == 5 and len(descriptors) == sum(1 for _ in samples(OPS[NAME], torch.float16))
+
+
+def test_contract():
+    helpers.check_op_contract(NAME)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_diffusers_module(kernel, dtype):
+    wan = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
+    arguments = _inputs(c=12, out=20, kernel=kernel, cached=1 if kernel[0] > 1 else 0, dtype=dtype)
+    residual = arguments.pop("residual")
+    stock = wan.WanCausalConv3d(12, 20, kernel, padding=tuple(k // 2 for k in kernel))
+    with torch.no_grad():
+        stock.load_state_dict({"weight": arguments["weight"], "bias": arguments["bias"]})
+
+        def eager(to):
+            past = arguments["cache"]
+            past = None if past is None else past.to(to).permute(0, 4, 1, 2, 3)
+            y = stock.to(to)(arguments["x"].to(to).permute(0, 4, 1, 2, 3), past)
+            return y.permute(0, 2, 3, 4, 1) + residual.to(to)
+
+        exact, own = eager(torch.float64), eager(dtype)
+        impls = ["auto", "reference"]
+        if helpers.GPU or (dtype == torch.float32 and kernel == (3, 3, 3)):
+            impls.append("triton")
+        for impl in impls:
+            out = pv.causal_conv3d(**_to({**arguments, "residual": residual}, helpers.DEVICE), impl=impl)
+            assert_close(out.cpu(), exact, own, impl)
+
+
+def test_strided_time_convolution_of_the_encoder():
+    """Without padding in time: the head of the clip is its own past."""
+    a = _inputs(t=5, kernel=(3, 1, 1), cached=0)
+    x, weight, bias = a["x"], a["weight"], a["bias"]
+    expected = torch.nn.functional.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, stride=(2, 1, 1))
+    for impl in ("auto", "reference", "triton"):
+        out = pv.causal_conv3d(
+            *(t.to(helpers.DEVICE) for t in (x[:, 2:], weight, bias)),
+            cache=x[:, :2].to(helpers.DEVICE), stride=(2, 1, 1), impl=impl,
+        )  # fmt: skip
+        torch.testing.assert_close(out.cpu().permute(0, 4, 1, 2, 3), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_spatial_stride(impl):
+    a = _to(_inputs(t=1, h=5, w=4, kernel=(1, 3, 3), cached=0), helpers.DEVICE)
+    expected = torch.nn.functional.conv2d(
+        a["x"][:, 0].permute(0, 3, 1, 2), a["weight"][:, :, 0], a["bias"], stride=(2, 3), padding=1
+    )
+    out = pv.causal_conv3d(a["x"], a["weight"], a["bias"], stride=(1, 2, 3), impl=impl)
+    torch.testing.assert_close(out[:, 0].permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("chunks", [(1, 1, 2), (2, 2)])
+def test_chunks_with_their_cache_equal_the_whole_clip(chunks, impl):
+    a = _inputs(t=4, h=2, w=3, cached=0)
+    x, weight, bias = (a[name].to(helpers.DEVICE) for name in ("x", "weight", "bias"))
+    whole = pv.causal_conv3d(x, weight, bias, impl=impl)
+    parts, start = [], 0
+    for frames in chunks:
+        cache = x[:, max(0, start - 2) : start] if start else None
+        parts.append(pv.causal_conv3d(x[:, start : start + frames], weight, bias, cache=cache, impl=impl))
+        start += frames
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dropped cache", lambda a: {**a, "cache": None}),
+        ("newest cached frame only", lambda a: {**a, "cache": a["cache"][:, 1:]}),
+        ("cache in the wrong order", lambda a: {**a, "cache": a["cache"].flip(1)}),
+        ("anti-causal", lambda a: {**a, "weight": a["weight"].flip(2)}),
+        ("rows and columns swapped", lambda a: {**a, "weight": a["weight"].transpose(3, 4)}),
+        ("dropped residual", lambda a: {**a, "residual": None}),
+        ("dropped bias", lambda a: {**a, "bias": None}),
+    ],
+)
+def test_the_rule_sees(name, change):
+    arguments = _inputs()
+    exact = pv.causal_conv3d(**_to(arguments, torch.float64))
+    low = pv.causal_conv3d(**arguments, impl="reference")
+    assert_close(pv.causal_conv3d(**arguments), exact, low)
+    with pytest.raises(Mismatch):
+        assert_close(pv.causal_conv3d(**change(arguments)), exact, low, name)
+
+
+def test_the_future_is_not_seen():
+    a = _inputs(t=3)
+    changed = {**a, "x": a["x"].clone()}
+    changed["x"][:, 2] += 1
+    for impl in ("auto", "reference"):
+        before, after = pv.causal_conv3d(**a, impl=impl), pv.causal_conv3d(**changed, impl=impl)
+        assert torch.equal(before[:, :2], after[:, :2]) and not torch.equal(before[:, 2], after[:, 2])
+
+
+def test_packed_weight_is_the_same_weight():
+    a = _inputs()
+    packed = pack_weight(a["weight"])
+    assert torch.equal(packed, a["weight"]) and packed.permute(0, 2, 3, 4, 1).is_contiguous()
+    assert pack_weight(packed).data_ptr() == packed.data_ptr()
+    for impl in ("auto", "reference", "triton"):
+        on = _to(a, helpers.DEVICE)
+        expected = pv.causal_conv3d(**on, impl=impl)
+        out = pv.causal_conv3d(**{**on, "weight": pack_weight(on["weight"])}, impl=impl)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_descriptors", [False, True])
+def test_frames_more_than_two_to_the_31_elements_apart(tmp_path, monkeypatch, use_descriptors):
+    if helpers.GPU:
+        pytest.skip("a GPU has no sparse memory; the interpreter checks the addresses")
+    if use_descriptors:
+        replaced = lambda arch, **shape: dataclasses.replace(configs.select(arch, **shape), descriptors=True)
+        monkeypatch.setattr(_kernels(), "select", replaced)
+    # A sparse file gives the addresses without the memory; each stride fits 32 bits, three frames of it do not.
+    a = _inputs(t=4, h=1, w=2, kernel=(3, 1, 1), cached=2, dtype=torch.float16)
+    stride = 2**30
+    storage = np.memmap(tmp_path / "frames", np.float16, "w+", shape=(3 * stride + 32,))
+    far = torch.from_numpy(storage).as_strided((1, 4, 1, 2, 16), (stride, stride, 32, 16, 1))
+    far.copy_(a["x"])
+    expected = pv.causal_conv3d(**a, impl="triton")
+    assert torch.equal(pv.causal_conv3d(**{**a, "x": far}, impl="triton"), expected)
+
+
+def test_a_tile_beyond_32_bit_offsets_is_refused():
+    kernels = _kernels()
+    config = configs.select("sm_80", c=16, o=16, itemsize=2, aligned=False)
+    x = torch.empty_strided((1, 1, 64, 4, 16), (0, 0, 2**28, 16, 1), device="meta")
+    assert kernels.tile_span(x, config, (3, 3), (1, 1)) >= 2**31
+    near = torch.empty(1, 81, 720, 1280, 96, device="meta")  # 7e9 elements, whose tiles are small
+    assert kernels.tile_span(near, config, (3, 3), (1, 1)) < 2**31
+    weight = torch.empty(16, 16, 1, 3, 3, device="meta")
+    with pytest.raises(UnsupportedError, match=r"within 2\^31 elements"):
+        kernels.causal_conv3d(x, weight, None, None, (1, 1, 1), "zeros", None)
+
+
+@pytest.mark.parametrize(
+    ("o", "split"), [(3, (16, 0)), (48, (32, 16)), (96, (64, 32)), (160, (128, 64)), (192, (128, 64)),
+                     (256, (128, 0)), (384, (128, 64)), (640, (128, 0))]
+)  # fmt: skip
+def test_output_channels_are_split_into_powers_of_two(o, split):
+    assert configs.split_channels(o) == split
+
+
+def test_bitwise_repeatable():
+    a = _to(_inputs(), helpers.DEVICE)
+    for impl in ("auto", "triton"):
+        assert torch.equal(pv.causal_conv3d(**a, impl=impl), pv.causal_conv3d(**a, impl=impl))
+
+
+def test_fullgraph():
+    a = _inputs()
+    helpers.check_fullgraph(
+        lambda x, weight, bias, cache, residual: pv.causal_conv3d(x, weight, bias, cache=cache, residual=residual),
+        *a.values(),
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(pv.causal_conv3d, fullgraph=True, dynamic=True, backend="aot_eager")
+    for h in (3, 5):
+        a = _inputs(h=h)
+        assert torch.equal(compiled(**a), pv.causal_conv3d(**a))
+
+
+_X, _W = torch.zeros(1, 2, 3, 4, 8), torch.zeros(5, 8, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(2, 3, 4, 8)}, ShapeError, "`x` must have 5 dimensions"),
+        ({"x": torch.zeros(1, 8, 2, 3, 4).permute(0, 2, 3, 4, 1)}, ShapeError, "`x` must have a contiguous last"),
+        ({"weight": torch.zeros(5, 7, 3, 3, 3)}, ShapeError, r"`weight` must be \[O, 8, kt, kh, kw\]"),
+        ({"weight": torch.zeros(5, 8, 3, 2, 3)}, ShapeError, "with odd kh and kw"),
+        ({"weight": _W.bfloat16()}, DTypeError, "`weight` must be torch.float32 like `x`"),
+        ({"bias": torch.zeros(4)}, ShapeError, r"`bias` must be \[5\]"),
+        ({"cache": torch.zeros(1, 3, 3, 4, 8)}, ShapeError, r"n <= 2 \(kt - 1\)"),
+        ({"cache": torch.zeros(1, 2, 6, 8, 8)}, ShapeError, r"`cache` must be \[1, n, 3, 4, 8\]"),
+        ({"cache": torch.zeros(1, 2, 3, 4, 8).half()}, DTypeError, "`cache` must be torch.float32"),
+        ({"cache": torch.zeros(1, 2, 3, 4, 8, device="meta")}, DeviceError, "`cache` must be on cpu"),
+        ({"residual": torch.zeros(1, 2, 3, 4, 8)}, ShapeError, r"`residual` must be \[1, 2, 3, 4, 5\]"),
+        ({"stride": (1, 1)}, ValueOptionError, "`stride` must be a positive integer or three"),
+        ({"stride": 0}, ValueOptionError, "`stride` must be"),
+        ({"pad_mode": "circular"}, ValueOptionError, "`pad_mode` must be one of"),
+        ({"pad_mode": "replicate"}, UnsupportedError, "`pad_mode` 'replicate' is not built yet"),
+        ({"x": _X.clone().requires_grad_()}, UnsupportedError, "`x` requires grad"),
+        ({"weight": _W.clone().requires_grad_()}, UnsupportedError, "`weight` requires grad"),
+        ({"impl": "fast"}, ValueError, "`impl` must be one of"),
+        ({"impl": "cpu", "x": _X.double(), "weight": _W.double()}, UnsupportedError, "oneDNN does not take"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, error, words):
+    with pytest.raises(error, match=words):
+        pv.causal_conv3d(**{"x": _X, "weight": _W, **change})
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_without_frames(impl):
+    x, weight = _X[:, :0].to(helpers.DEVICE), _W.to(helpers.DEVICE)
+    assert pv.causal_conv3d(x, weight, impl=impl).shape == (1, 0, 3, 4, 5)
