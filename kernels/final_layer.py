@@ -24,6 +24,9 @@ from pyvideo_kernels.errors import UnsupportedError
 
 from .launch import bs_strides, cdiv, on_device
 
+# Elements of one batch entry up to which its pixels are addressed by 32-bit offsets.
+NARROW_ELEMENTS = 2**31 - 1
+
 
 @triton.jit
 def _fold_modulation_kernel(
@@ -76,20 +79,22 @@ def _statistics(sums, squares, origin, d, eps):
 @triton.jit
 def _store_pixels(
     out_ptr, y, b, token, token_mask, feature, features, channels, grid_t, grid_h, grid_w,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Write ``y [tokens, features]`` to its pixels of ``[B, C, T*PT, H*PH, W*PW]``."""
     w, rest = token % grid_w, token // grid_w
     h, t = rest % grid_h, rest // grid_h
     channel, place = feature % channels, feature // channels
-    row = (grid_w * PW).to(tl.int64)
+    row = (grid_w * PW).to(OFFSET)
     frame = row * (grid_h * PH)
-    at_token = (t * PT).to(tl.int64) * frame + (h * PH).to(tl.int64) * row + w * PW
-    at_feature = (b * channels + channel) * (frame * (grid_t * PT)) + (place // (PH * PW)).to(tl.int64) * frame
-    at_feature += (place // PW % PH).to(tl.int64) * row + place % PW
+    clip = frame * (grid_t * PT)
+    at_token = (t * PT).to(OFFSET) * frame + (h * PH).to(OFFSET) * row + w * PW
+    at_feature = channel.to(OFFSET) * clip + (place // (PH * PW)).to(OFFSET) * frame
+    at_feature += (place // PW % PH).to(OFFSET) * row + place % PW
     # Transposed: neighbouring threads take neighbouring tokens, whose pixels share a row.
     mask = (feature < features)[:, None] & token_mask[None, :]
-    tl.store(out_ptr + at_feature[:, None] + at_token[None, :], tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask)
+    pixels = out_ptr + b * channels * clip.to(tl.int64)
+    tl.store(pixels + (at_feature[:, None] + at_token[None, :]), tl.trans(y.to(out_ptr.dtype.element_ty)), mask=mask)
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def _final_layer_fwd_kernel(
     x_ptr, x_b, x_s, folded_ptr, total_ptr, offset_ptr, folded_batches, out_ptr,
     tokens, d, eps, features, channels, grid_t, grid_h, grid_w,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Per-batch modulation, folded into the weights: one loop."""
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -126,7 +131,9 @@ def _final_layer_fwd_kernel(
     total = tl.load(total_ptr + entry + feature, mask=feature_mask, other=0.0)
     offset = tl.load(offset_ptr + entry + feature, mask=feature_mask, other=0.0)
     y = (acc - mean[:, None] * total[None, :]) * rstd[:, None] + offset[None, :]
-    _store_pixels(out_ptr, y, b, token, token_mask, feature, features, channels, grid_t, grid_h, grid_w, PT, PH, PW)
+    _store_pixels(
+        out_ptr, y, b, token, token_mask, feature, features, channels, grid_t, grid_h, grid_w, PT, PH, PW, OFFSET
+    )  # fmt: skip
 
 
 @triton.jit
@@ -134,7 +141,7 @@ def _final_layer_per_token_fwd_kernel(
     x_ptr, x_b, x_s, scale_ptr, scale_b, scale_s, shift_ptr, shift_b, shift_s, weight_ptr, weight_n, bias_ptr, out_ptr,
     tokens, d, eps, features, channels, grid_t, grid_h, grid_w,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Per-token modulation: statistics in a first loop, the second finds x in cache."""
     blocks = tl.cdiv(tokens, BLOCK_M)
@@ -173,7 +180,9 @@ def _final_layer_per_token_fwd_kernel(
         acc = tl.dot(modulated.to(weight.dtype), tl.trans(weight), acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + feature, mask=feature_mask, other=0.0).to(tl.float32)[None, :]
-    _store_pixels(out_ptr, acc, b, token, token_mask, feature, features, channels, grid_t, grid_h, grid_w, PT, PH, PW)
+    _store_pixels(
+        out_ptr, acc, b, token, token_mask, feature, features, channels, grid_t, grid_h, grid_w, PT, PH, PW, OFFSET
+    )  # fmt: skip
 
 
 def _fold_modulation(
@@ -207,7 +216,10 @@ def launch_fwd(
     if out.numel() == 0:
         return
     launch_grid = (b * cdiv(tokens, config.block_m), cdiv(features, config.block_n))
-    sizes = (tokens, d, eps, features, out.shape[1], *grid, *patch, config.block_m, config.block_n, config.block_k)
+    # Within a batch entry; 64-bit offsets cost a second register a pixel.
+    offset_type = tl.int64 if out[0].numel() > NARROW_ELEMENTS else tl.int32
+    tile = (offset_type, config.block_m, config.block_n, config.block_k)
+    sizes = (tokens, d, eps, features, out.shape[1], *grid, *patch, *tile)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     x_b, x_s = x.stride(0), x.stride(1)
     with on_device(x):

@@ -31,12 +31,12 @@ def _cdiv(a: int, b: int) -> int:
 def select(arch: str, *, width: int, columns: int, itemsize: int) -> Config:
     """Gathering costs an instruction a pixel, so it is shared by up to four output tiles.
 
-    The pixel tile wastes the fewest columns: 64 wide, or 32 or 16 where that pads less.
+    The pixel tile is 64 wide, or 32 where that pads less (sm_100 has no matrix instructions for less).
     """
     if arch == "cpu":
         block_m, block_n, block_k, n_tiles = 16, 16, 16, 2
         return Config(block_m, block_n, block_k, _cdiv(columns, block_k) if columns <= 64 else 0, n_tiles, 1, 1)
-    block_k = min((64, 32, 16), key=lambda k: _cdiv(columns, k) * k)
+    block_k = min((64, 32), key=lambda k: _cdiv(columns, k) * k)
     if itemsize == 4:
         # fp32 products run on the ordinary units: small tiles, operands twice as wide.
         block_m, block_n, block_k = 64, 64, min(block_k, 32)
