@@ -52,7 +52,7 @@ def inputs(dtype=torch.float32, batch=2, seed=1, channels=4, text=7, per_token=F
     }
 
 
-class _Float64(TorchFunctionMode):
+class Float64(TorchFunctionMode):
     """Turns the model's casts to fp32 into casts to float64, so that stock code runs in float64 throughout."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -71,7 +71,7 @@ def double(value):
 def truth(model, arguments):
     """What the stock ``model`` computes in float64 with its present weights."""
     model = copy.deepcopy(model).double()
-    with torch.no_grad(), _Float64():
+    with torch.no_grad(), Float64():
         out = model(**{name: double(value) for name, value in arguments.items()}).sample
     assert out.dtype == torch.float64
     return out
@@ -105,4 +105,4 @@ def instance_dicts(model):
     }
 
 
-__all__ = ["WAN_OPS", "assert_close", "inputs", "instance_dicts", "run", "tiny", "truth", "used"]
+__all__ = ["WAN_OPS", "Float64", "assert_close", "double", "inputs", "instance_dicts", "run", "tiny", "truth", "used"]

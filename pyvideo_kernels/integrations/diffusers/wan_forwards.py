@@ -104,7 +104,7 @@ def _residual(settings: Settings, x: Tensor, branch: Tensor, gate: Tensor | None
 
 
 def _stock_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-    return x + branch if gate is None else (x.float() + branch.float() * gate).type_as(x)
+    return x + branch if gate is None else (x.float() + branch * gate).type_as(x)
 
 
 def _normalise(

@@ -1,0 +1,395 @@
+"""AutoencoderKLWan through our ops: parity with diffusers, caches, layout, hooks, what is left."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanDecoder3d, WanRMS_norm
+from torch import nn
+
+import pyvideo_kernels as pv
+from pyvideo_kernels.errors import ModelError, UnsupportedError
+from pyvideo_kernels.integrations.diffusers import sources, wan_vae
+from pyvideo_kernels.integrations.diffusers import wan_vae_forwards as forwards
+from pyvideo_kernels.testing.compare import Mismatch, assert_close
+
+from .helpers import Float64, instance_dicts
+
+KINDS = ("2.1", "2.2")
+VAE_OPS = {"rms_norm_silu", "causal_conv3d"}
+
+
+def tiny(kind="2.1", seed=0):
+    """Two up- and downsamplings in time and space, one residual block each, every kind of module."""
+    torch.manual_seed(seed)
+    config = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "scale_factor_spatial": 4,
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
+    }
+    if kind == "2.2":
+        config |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+                   "scale_factor_spatial": 8}  # fmt: skip
+    vae = AutoencoderKLWan(**config).eval()
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if "gamma" in name:  # fresh ones would hide a dropped weight
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return vae
+
+
+def latents(frames=3, height=3, width=5, batch=1, seed=1):
+    return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def video(frames=9, height=16, width=24, seed=2):
+    return torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+
+
+def decode(vae, z):
+    with torch.no_grad():
+        return vae.decode(z.to(vae.dtype)).sample
+
+
+def encode(vae, clip):
+    with torch.no_grad():
+        return vae.encode(clip.to(vae.dtype)).latent_dist.parameters
+
+
+def truth(function, vae, x):
+    """The stock result in float64."""
+    with Float64():
+        out = function(copy.deepcopy(vae).double(), x)
+    assert out.dtype == torch.float64
+    return out
+
+
+def assert_equal_to_1e5(ours, stock):
+    assert ours.shape == stock.shape and ours.dtype == stock.dtype and ours.stride() == stock.stride()
+    error = (ours.double() - stock.double()).abs().max() / stock.double().abs().max()
+    assert error <= 1e-5, f"relative error {error:.2e}"
+
+
+# Parity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_decode_equals_diffusers_in_float32(kind, frames):
+    vae, z = tiny(kind), latents(frames, batch=2 if frames == 2 else 1)
+    stock = decode(vae, z)
+    report = pv.accelerate(vae, strict=True)
+    assert_equal_to_1e5(decode(vae, z), stock)
+    assert set(report.calls()) == VAE_OPS and not report.fallbacks()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frames", [1, 9])
+def test_encode_equals_diffusers_in_float32(kind, frames):
+    vae, clip = tiny(kind), video(frames)
+    stock = encode(vae, clip)
+    report = pv.accelerate(vae, strict=True)
+    assert_equal_to_1e5(encode(vae, clip), stock)
+    assert set(report.calls()) == VAE_OPS and not report.fallbacks()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_error_against_float64_is_no_worse_than_diffusers_own(kind, dtype):
+    vae = tiny(kind)
+    low = copy.deepcopy(vae).to(dtype)
+    for function, x in ((decode, latents()), (encode, video(5))):
+        exact, stock = truth(function, low, x.to(dtype)), function(low, x)
+        pv.accelerate(low, strict=True)
+        assert_close(function(low, x), exact, stock, function.__name__)
+        pv.restore(low)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiling_and_slicing(kind):
+    vae = tiny(kind)
+    z, clip = latents(2, 5, 7, batch=2), video(5, 40, 56)
+    vae.enable_slicing()
+    scale = vae.spatial_compression_ratio
+    vae.enable_tiling(4 * scale, 4 * scale, 2 * scale, 2 * scale)
+    stock = decode(vae, z), encode(vae, clip)
+    report = pv.accelerate(vae, strict=True)
+    ours = decode(vae, z), encode(vae, clip)
+    for got, expected in zip(ours, stock, strict=True):
+        error = (got - expected).abs().max() / expected.abs().max()
+        assert got.shape == expected.shape and error <= 1e-5
+    assert not report.fallbacks()
+
+
+def test_every_implementation_gives_the_same_clip():
+    vae, z = tiny(), latents(2, 2, 2)
+    stock = decode(vae, z)
+    report = pv.accelerate(vae, impl="reference")
+    assert_equal_to_1e5(decode(vae, z), stock)
+    assert {impl for impls in report.calls().values() for impl in impls} == {"reference"}
+
+
+@pytest.mark.parametrize("op", sorted(VAE_OPS))
+def test_one_op_alone(op):
+    vae, z = tiny(), latents(2)
+    stock = decode(vae, z)
+    report = pv.accelerate(vae, ops={op}, strict=True)
+    assert_equal_to_1e5(decode(vae, z), stock)
+    assert set(report.calls()) == {op}
+
+
+def _without_cache(x, weight, bias, *, cache=None, **options):
+    return pv.causal_conv3d(x, weight, bias, **options)
+
+
+def _with_old_frames_swapped(x, weight, bias, *, cache=None, **options):
+    return pv.causal_conv3d(x, weight, bias, cache=None if cache is None else cache.flip(1), **options)
+
+
+def _without_residual(x, weight, bias, *, residual=None, **options):
+    return pv.causal_conv3d(x, weight, bias, **options)
+
+
+def _over_width(x, weight, **options):
+    if x.shape[-2] != x.shape[-1]:
+        return pv.rms_norm_silu(x * 1.05, weight, **options) * x.norm(dim=-2, keepdim=True).sigmoid()
+    return pv.rms_norm_silu(x.transpose(-1, -2).contiguous(), weight, **options).transpose(-1, -2)
+
+
+def _without_silu(x, weight, *, silu=True, **options):
+    return pv.rms_norm_silu(x, weight, silu=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong"),
+    [
+        ("causal_conv3d", _without_cache),
+        ("causal_conv3d", _with_old_frames_swapped),
+        ("causal_conv3d", _without_residual),
+        ("rms_norm_silu", _over_width),
+        ("rms_norm_silu", _without_silu),
+    ],
+)
+def test_parity_sees_a_mistake(op, wrong, monkeypatch):
+    vae, z = tiny(), latents()
+    stock, exact = decode(vae, z), truth(decode, vae, z)
+    pv.accelerate(vae)
+    monkeypatch.setattr(forwards, op, wrong)
+    ours = decode(vae, z)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_equal_to_1e5(ours, stock)
+    with pytest.raises(Mismatch):
+        assert_close(ours, exact, stock)
+
+
+def test_parity_sees_interleaved_frames_out_of_order(monkeypatch):
+    vae, z = tiny(), latents()
+    stock, right = decode(vae, z), forwards._interleaved
+    pv.accelerate(vae)
+    monkeypatch.setattr(forwards, "_interleaved", lambda x: right(x.roll(x.shape[1] // 2, 1)))
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_equal_to_1e5(decode(vae, z), stock)
+
+
+# What runs, and how it lies in memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_convolution_and_norm_of_the_decoder_runs_in_an_op(kind):
+    vae, frames = tiny(kind), 3
+    report = pv.accelerate(vae)
+    decode(vae, latents(frames))
+    modules = list(vae.decoder.modules())
+    convs = sum(isinstance(module, WanCausalConv3d) for module in modules)
+    norms = sum(isinstance(module, WanRMS_norm) for module in modules)
+    time_convs = 2  # skipped for the first latent, which becomes a single frame
+    assert sum(report.calls()["causal_conv3d"].values()) == frames * convs - time_convs + 1  # post_quant_conv
+    assert sum(report.calls()["rms_norm_silu"].values()) == frames * norms
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_lie_channels_last_at_every_module_boundary(kind):
+    vae = tiny(kind)
+    pv.accelerate(vae)
+    seen, wrong = [], []
+
+    def look(name):
+        def hook(module, arguments, output):
+            if output.dim() == 5 and output.shape[1] > 1:
+                seen.append(name)
+                if not output.movedim(1, -1)[0].is_contiguous():
+                    wrong.append((name, tuple(output.shape), output.stride()))
+
+        return hook
+
+    for half in (vae.encoder, vae.decoder):
+        for name, module in half.named_modules():
+            if name:  # the halves themselves hand over the stock layout
+                module.register_forward_hook(look(name))
+    decode(vae, latents(3))
+    encode(vae, video(9))
+    assert len(set(seen)) > 30 and not wrong
+
+
+def test_caches_hold_no_more_than_two_frames():
+    vae = tiny()
+    pv.accelerate(vae)
+    caches = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    z = latents(3)
+    with torch.no_grad():
+        for frame in range(3):
+            vae.decoder(z[:, :, frame : frame + 1], feat_cache=caches, feat_idx=[0], first_chunk=frame == 0)
+    frames = [cache.shape[2] for cache in caches]
+    assert frames == [2] * len(caches)
+    # Views of no more than what they show: a cache must not keep a whole chunk alive.
+    assert all(cache.untyped_storage().nbytes() == cache.numel() * 4 for cache in caches)
+
+
+# In place, reversible, under hooks ------------------------------------------------------------------------------
+
+
+def test_restore_is_exact():
+    vae, z = tiny(), latents()
+    stock, before, state = decode(vae, z), instance_dicts(vae), vae.state_dict()
+    report = pv.accelerate(vae)
+    decode(vae, z)
+    assert instance_dicts(vae) != before
+    assert {k: v.data_ptr() for k, v in vae.state_dict().items()} == {k: v.data_ptr() for k, v in state.items()}
+    pv.restore(vae)
+    clear = ("_feat_map", "_enc_feat_map", "_conv_idx", "_enc_conv_idx")  # diffusers' own, new with every call
+    after = instance_dicts(vae)
+    for attribute in clear:
+        assert attribute in after[""]
+        after[""][attribute] = before[""][attribute]
+    assert after == before and torch.equal(decode(vae, z), stock)
+    assert report.complete
+
+
+def test_saved_and_copied(tmp_path):
+    vae, z = tiny(), latents(2)
+    stock = decode(vae, z)
+    pv.accelerate(vae)
+    vae.save_pretrained(tmp_path)
+    assert torch.equal(decode(AutoencoderKLWan.from_pretrained(tmp_path).eval(), z), stock)
+    copied = copy.deepcopy(vae)
+    assert torch.equal(decode(copied, z), decode(vae, z))
+    pv.restore(copied)
+    assert torch.equal(decode(copied, z), stock)
+    assert_equal_to_1e5(decode(vae, z), stock)
+
+
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_under_leaf_offload(hooked_first):
+    """Weights exist only during the forward of the module that owns them."""
+    vae, z = tiny(), latents(2)
+    stock = decode(vae, z)
+    if not hooked_first:
+        pv.accelerate(vae)
+    cpu_offload(vae, torch.device("cpu"))
+    report = pv.accelerate(vae, strict=True)
+    assert vae.decoder.conv_in.weight.device.type == "meta"
+    assert_equal_to_1e5(decode(vae, z), stock)
+    assert set(report.calls()) == VAE_OPS and not report.fallbacks()
+
+
+def test_under_layerwise_casting():
+    vae, z = tiny().to(torch.bfloat16), latents(2)
+    vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    stock = decode(vae, z)
+    report = pv.accelerate(vae, strict=True)
+    assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    exact = truth(decode, _cast_back(vae), z.to(torch.bfloat16))
+    assert_close(decode(vae, z), exact, stock)
+    assert set(report.calls()) == VAE_OPS
+
+
+def _cast_back(vae):
+    plain = AutoencoderKLWan.from_config(vae.config).eval()
+    plain.load_state_dict({name: value.to(torch.bfloat16) for name, value in vae.state_dict().items()})
+    return plain
+
+
+def test_gradients_fall_back_and_are_counted():
+    vae, z = tiny(), latents(2)
+    z.requires_grad_()
+
+    def gradient():
+        out = vae.decode(z).sample
+        return torch.autograd.grad(out.square().sum(), [z, vae.decoder.conv_in.weight])
+
+    stock = gradient()
+    report = pv.accelerate(vae)
+    for got, expected in zip(gradient(), stock, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    reasons = {reason for counted in report.fallbacks().values() for reason in counted}
+    assert reasons == {"gradients are wanted and the op has no backward"} and not report.calls()
+
+
+def test_autocast_keeps_its_convolutions():
+    vae, z = tiny(), latents(2)
+    exact = truth(decode, vae, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = decode(vae, z)
+        report = pv.accelerate(vae)
+        ours = decode(vae, z)
+    assert_close(ours, exact, stock)
+    assert list(report.fallbacks()["causal_conv3d"]) == ["autocast chooses the dtype of the convolution"]
+
+
+def test_compiles_into_one_graph():
+    vae, z = tiny(), latents(2, 2, 2)
+    caches = lambda: [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+
+    def chunks(decoder):
+        slots = caches()
+        with torch.no_grad():
+            return [decoder(z[:, :, i : i + 1], slots, [0], i == 0) for i in range(2)]
+
+    stock = chunks(vae.decoder)
+    pv.accelerate(vae)
+    torch.compiler.reset()
+    for got, expected in zip(chunks(torch.compile(vae.decoder, backend="eager", fullgraph=True)), stock, strict=True):
+        assert_equal_to_1e5(got, expected)
+
+
+# What is left ---------------------------------------------------------------------------------------------------
+
+
+class _Subclass(WanCausalConv3d):
+    pass
+
+
+def test_modules_that_are_not_the_known_ones_are_left_and_work():
+    vae, z = tiny(), latents(2)
+    block = vae.decoder.mid_block.resnets[0]
+    block.conv2.__class__ = _Subclass
+    vae.decoder.norm_out.bias = nn.Parameter(torch.full((8, 1, 1, 1), 0.5))
+    stock = decode(vae, z)
+    with pytest.raises(UnsupportedError, match=r"decoder\.mid_block\.resnets\.0\.conv2: causal_conv3d"):
+        pv.accelerate(vae, strict=True)
+    report = pv.accelerate(vae)
+    assert_equal_to_1e5(decode(vae, z), stock)
+    left = {name: entry["left"] for name, entry in report.to_dict()["modules"].items() if entry["left"]}
+    assert left == {
+        "decoder.mid_block.resnets.0.conv2": {
+            "causal_conv3d": "it is a tests _Subclass, not a plain WanCausalConv3d"
+        },
+        "decoder.norm_out": {"rms_norm_silu": "the norm has a bias"},
+    }
+
+
+def test_unknown_sources_are_refused(monkeypatch):
+    sources.check(wan_vae.SOURCES)
+    monkeypatch.setitem(wan_vae.SOURCES, f"{WanDecoder3d.__module__}:WanDecoder3d", {"0" * 16: "0.42.1"})
+    vae = tiny()
+    before = instance_dicts(vae)
+    with pytest.raises(ModelError, match="the source of WanDecoder3d"):
+        pv.accelerate(vae)
+    assert instance_dicts(vae) == before
