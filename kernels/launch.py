@@ -35,6 +35,11 @@ def refuse_float64(op: str, *tensors: Tensor | None) -> None:
         raise UnsupportedError(f"{op}: impl 'triton' computes in fp32 and refuses float64; use impl='reference'")
 
 
+def unit_stride(tensor: Tensor) -> Tensor:
+    """A gradient with a contiguous last dimension: autograd hands over expanded ones (that of a sum, say)."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def collapse_rows(tensor: Tensor) -> list[tuple[int, int]]:
     """The leading dimensions of ``[..., D]`` as few ``(size, stride)`` pairs, outermost first; one at least."""
     out: list[tuple[int, int]] = []

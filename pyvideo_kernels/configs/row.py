@@ -28,3 +28,20 @@ def select(arch: str, *, op: str, width: int) -> RowConfig:
     threads_per_warp = 64 if arch.startswith("gfx") else 32
     num_warps = max(1, min(16, elements // (threads_per_warp * 16)))
     return RowConfig(max(block_d, 16), rows, 1 << (num_warps.bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class SumConfig:
+    """Column sums over tokens: tiles of ``rows`` by ``block_d``, ``chunk`` tokens a program in a fixed order."""
+
+    rows: int
+    block_d: int
+    chunk: int
+    num_warps: int
+
+
+def select_sum(arch: str) -> SumConfig:
+    """Sixteen elements a thread and accumulator; 32760 tokens of 1536 columns give 1536 programs."""
+    if arch == "cpu":
+        return SumConfig(2, 32, 4, 1)
+    return SumConfig(16, 128, 256, 2 if arch.startswith("gfx") else 4)

@@ -68,8 +68,22 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def samples(op: Op, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
     """The op's sample inputs: small, ragged, strided, with modulation and without. Kept beside its oracle."""
     module = importlib.import_module(op.impls["reference"].partition(":")[0])
+    forward = op.name.removesuffix("_backward")
     for kwargs in module.samples(dtype):
+        if forward != op.name:
+            kwargs = _with_gradients(getattr(module, forward), forward, kwargs)
         yield {name: _move(value, torch.device(device)) for name, value in kwargs.items()}
+
+
+def _with_gradients(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward sample as one of the backward op: random gradients of its outputs, all of its tensors wanted."""
+    from ..schemas import OPS
+
+    op = OPS[name]
+    generator = torch.Generator().manual_seed(1)
+    outputs = _as_tuple(function(*op.bind(**kwargs)))
+    grads = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
+    return {"grads": grads, **kwargs, "needs": [kwargs[n] is not None for n in op.differentiable]}
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import pyvideo_kernels as pv
+from pyvideo_kernels import dispatch
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
@@ -19,6 +20,11 @@ def _inputs(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME))
 def test_matches_float64(impl, device, dtype):
     helpers.check_implementation(NAME, impl, device, dtype)
+
+
+@pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME + "_backward"))
+def test_backward_matches_float64(impl, device, dtype):
+    helpers.check_implementation(NAME + "_backward", impl, device, dtype)
 
 
 def test_contract():
@@ -57,6 +63,43 @@ def test_backward_is_no_worse_than_autograd_through_torch(dtype):
     exact, low = gradients(torch.float64, eager), gradients(dtype, eager)
     for name, got, own, ref in zip(("x", "weight"), gradients(dtype, pv.rms_norm), low, exact, strict=True):
         assert_close(got, ref, own, name)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("shape", [(2, 11, 24), (3, 5, 2, 16)])
+def test_gradients_through_an_explicit_implementation(impl, shape):
+    """A view that is read in place, more rows than one partial sum takes, and the same bits twice."""
+    g = torch.Generator().manual_seed(2)
+    wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=g)
+    weight, grad = torch.randn(shape[-1], generator=g), torch.randn(*shape, generator=g)
+
+    def gradients(dtype, function):
+        leaves = [t.to(helpers.DEVICE, dtype).requires_grad_() for t in (wide, weight)]
+        rows = leaves[0][..., : shape[-1]].transpose(0, 1)
+        out = function(rows, leaves[1]).transpose(0, 1)
+        return torch.autograd.grad(out, leaves, grad.to(helpers.DEVICE, dtype))
+
+    def eager(x, weight):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+    def ours(x, weight):
+        return pv.rms_norm(x, weight, impl=impl)
+
+    exact, low = gradients(torch.float64, eager), gradients(torch.float32, eager)
+    before = dispatch.calls().get(("rms_norm_backward", impl), 0)
+    first, second = gradients(torch.float32, ours), gradients(torch.float32, ours)
+    assert dispatch.calls()["rms_norm_backward", impl] == before + 2
+    for a, b, ref, yardstick in zip(first, second, exact, low, strict=True):
+        assert_close(a, ref, yardstick)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_gradient_of_a_sum(impl):
+    x, weight = (t.to(helpers.DEVICE).requires_grad_() for t in _inputs(5, 24))
+    pv.rms_norm(x, weight, impl=impl).sum().backward()  # its gradient has stride 0
+    xhat = torch.nn.functional.rms_norm(x.detach(), (24,), eps=1e-6)
+    torch.testing.assert_close(weight.grad, xhat.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_fullgraph():
