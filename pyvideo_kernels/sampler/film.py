@@ -41,7 +41,8 @@ class Film:
         s, sampler = self.settings, self.sampler
         try:
             pipe = sampler.load()
-            self.seconds["load"], sampler._load_seconds = sampler._load_seconds, 0.0
+            self.seconds = {"start": 0.0, "load": 0.0} | sampler.seconds
+            sampler.seconds = {}
             video = self._sample(pipe, callback, latents)
             from .loop import to_bytes
 

@@ -67,7 +67,8 @@ class Sampler:
         self.device: torch.device
         self.dtype: torch.dtype
         self._ready = self._undo = False
-        self._load_seconds = 0.0
+        self.seconds: dict[str, float] = {}
+        """Starting (imports, mostly torch's) and loading; the first film's stats take them."""
         self._projection: Any = None
 
     # Before anything heavy ---------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class Sampler:
         if not s.eager:
             kernels.check(kernels.op_names(s.ops), s.attention, s.impl, self.device)
         self._ready = True
-        self._load_seconds += time.perf_counter() - started
+        self.seconds["start"] = time.perf_counter() - started
 
     def describe(self, plan: Plan) -> str:
         """The plan line."""
@@ -163,7 +164,7 @@ class Sampler:
 
                 self.report = accelerate(self.pipe, ops=kernels.op_names(s.ops), attention=s.attention, impl=s.impl)
                 self._undo = self._given
-        self._load_seconds += time.perf_counter() - started
+        self.seconds["load"] = time.perf_counter() - started
         return self.pipe
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ def test_a_film_its_plan_its_stats_and_its_path(model_dir: Path, tmp_path: Path)
         "load the model", "read the prompt", "denoise", "decode", "write the film",
     ]  # fmt: skip
     assert "s a step" in next(line for line in lines if line.startswith("denoise"))
-    assert lines[-1].startswith(f"film {out}; seed 3; time load ")
+    assert lines[-1].startswith(f"film {out}; seed 3; time start ")
 
     assert decoded(out).shape == (5, 64, 96, 3) and decoded(out).std() > 10
     meta = read_metadata(out)
@@ -71,7 +71,7 @@ def test_a_film_its_plan_its_stats_and_its_path(model_dir: Path, tmp_path: Path)
     assert str(model_dir) not in json.dumps(meta)
 
     (entry,) = json.loads(stats.read_text())["runs"]
-    assert set(entry["seconds"]) == {"load", "text", "denoise", "decode", "write", "total"}
+    assert set(entry["seconds"]) == {"start", "load", "text", "denoise", "decode", "write", "total"}
     assert entry["seconds"]["total"] == pytest.approx(sum(entry["seconds"].values()) / 2, abs=1e-3)
     assert entry["seconds_per_step"] == pytest.approx(entry["seconds"]["denoise"] / 3, abs=1e-3)
     assert sum(entry["calls"]["unipc_step"].values()) == 3 and entry["steps_by"] == "pyvideo"
