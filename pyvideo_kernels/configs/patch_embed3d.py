@@ -35,7 +35,7 @@ def select(arch: str, *, width: int, columns: int, itemsize: int) -> Config:
     """
     if arch == "cpu":
         block_m, block_n, block_k, n_tiles = 16, 16, 16, 2
-        return Config(block_m, block_n, block_k, _cdiv(columns, block_k) if columns <= 64 else 0, n_tiles, 1, 1)
+        return Config(block_m, block_n, block_k, _cdiv(columns, block_k) if columns <= 32 else 0, n_tiles, 1, 1)
     block_k = min((64, 32), key=lambda k: _cdiv(columns, k) * k)
     if itemsize == 4:
         # fp32 products run on the ordinary units: small tiles, operands twice as wide.

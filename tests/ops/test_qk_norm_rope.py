@@ -122,15 +122,15 @@ def test_in_place_refuses_inputs_that_require_grad():
 def test_text_is_left_unrotated_whatever_it_holds():
     q, k, _, _, cos, sin = inputs(tokens=4)
     q[:, 0, 0, 0] = float("inf")
-    got = pv.qk_norm_rope(q, k, cos=cos[:, 1:3], sin=sin[:, 1:3], norm="none", rotary_range=(1, 3), impl="reference")
-    triton = pv.qk_norm_rope(q, k, cos=cos[:, 1:3], sin=sin[:, 1:3], norm="none", rotary_range=(1, 3), impl="triton")
-    for out in (got[0], triton[0]):
+    q, k, cos, sin = (t.to(helpers.DEVICE) for t in (q, k, cos[:, 1:3], sin[:, 1:3]))
+    for impl in ("reference", "triton"):
+        out, _ = pv.qk_norm_rope(q, k, cos=cos, sin=sin, norm="none", rotary_range=(1, 3), impl=impl)
         assert torch.equal(out[:, 0], q[:, 0]) and torch.equal(out[:, 3], q[:, 3])
         assert not torch.equal(out[:, 1:3], q[:, 1:3])
 
 
 def test_repeats_bit_for_bit():
-    args = inputs(dtype=torch.float16)
+    args = [t.to(helpers.DEVICE) for t in inputs(dtype=torch.float16)]
     first, second = (pv.qk_norm_rope(*args, impl="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -328,10 +328,10 @@ def test_odd_head_dim_is_normalised_but_not_rotated():
     with pytest.raises(ShapeError, match="even head_dim"):
         pv.qk_norm_rope(q, q, cos=torch.ones(2, 5), sin=torch.ones(2, 5))
     with pytest.raises(UnsupportedError, match="odd head_dim"):
-        pv.qk_norm_rope(q, q, impl="triton")
+        pv.qk_norm_rope(q.to(helpers.DEVICE), q.to(helpers.DEVICE), impl="triton")
 
 
 def test_empty_sequence():
-    q = torch.zeros(2, 0, 2, 8)
+    q = torch.zeros(2, 0, 2, 8, device=helpers.DEVICE)
     for impl in ("reference", "triton"):
         assert pv.qk_norm_rope(q, q, impl=impl)[0].shape == (2, 0, 2, 8)
