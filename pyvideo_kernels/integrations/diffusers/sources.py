@@ -6,11 +6,13 @@ its source text, not by a version number.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from ...errors import ModelError
 
@@ -21,8 +23,13 @@ Sources = Mapping[str, Mapping[str, str]]
 def digest(place: str) -> str:
     """Hash of the source of ``"module:name"``."""
     module, _, name = place.partition(":")
-    source = inspect.getsource(getattr(importlib.import_module(module), name))
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    return _hash(getattr(importlib.import_module(module), name))
+
+
+@functools.cache
+def _hash(code: Any) -> str:
+    # Finding a class in its file parses the file: some 30 ms each.
+    return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
 
 
 def check(sources: Sources) -> None:
