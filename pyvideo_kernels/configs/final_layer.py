@@ -28,10 +28,11 @@ def select(arch: str, *, features: int, itemsize: int, per_token: bool) -> Confi
     if itemsize == 4:
         # fp32 products run on the ordinary units.
         return Config(32, min(block_n, 64), 32, 4, 2)
-    # On AMD a 64 × 256 tile has more lane masks than scalar registers.
-    block_m = 32 if arch.startswith("gfx") and block_n > 128 else 64
+    wide = block_n > 128
     if per_token:
+        # On sm_120 the 64 × 256 tile leaves the two tables no registers, on AMD no scalar registers for lane masks.
+        block_m = 32 if wide and (arch.startswith("gfx") or arch == "sm_120") else 64
         return Config(block_m, block_n, 32, 8 if block_n * block_m > 8192 else 4, 2)
-    if block_n > 128:
-        return Config(block_m, block_n, 64, 8, 2)
+    if wide:
+        return Config(32 if arch.startswith("gfx") else 64, block_n, 64, 8, 2)
     return Config(128, block_n, 64, 8, 3)
