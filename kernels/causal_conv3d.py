@@ -310,7 +310,7 @@ def causal_conv3d(
     config = select(arch_for(x), c=c, o=o, itemsize=x.element_size(), aligned=aligned)
     views = [view for view in (x, cache, residual) if view is not None]
     if max(tile_span(view, config, (kh, kw), (sh, sw)) for view in views) >= 2**31:
-        raise UnsupportedError("causal_conv3d: impl 'triton' needs a tile of pixels within 2^31 elements; copy the view")
+        raise UnsupportedError("causal_conv3d: impl 'triton' needs tiles within 2^31 elements; copy the view")
     y = x.new_empty(output_shape(x, weight, stride))
     if y.numel():
         launch_fwd(x, packed, bias, cache, stride, residual, y, config)

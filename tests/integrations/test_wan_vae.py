@@ -45,7 +45,7 @@ def tiny(kind="2.1", seed=0):
     return vae
 
 
-def latents(frames=3, height=3, width=5, batch=1, seed=1):
+def latents(frames=2, height=3, width=5, batch=1, seed=1):
     return torch.randn(batch, 4, frames, height, width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -81,9 +81,9 @@ def assert_equal_to_1e5(ours, stock):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("frames", [1, 4])
 def test_decode_equals_diffusers_in_float32(kind, frames):
-    vae, z = tiny(kind), latents(frames, batch=2 if frames == 2 else 1)
+    vae, z = tiny(kind), latents(frames, batch=2 if frames == 1 else 1)
     stock = decode(vae, z)
     report = pv.accelerate(vae, strict=True)
     assert_equal_to_1e5(decode(vae, z), stock)
@@ -101,24 +101,23 @@ def test_encode_equals_diffusers_in_float32(kind, frames):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_error_against_float64_is_no_worse_than_diffusers_own(kind, dtype):
-    vae = tiny(kind)
-    low = copy.deepcopy(vae).to(dtype)
-    for function, x in ((decode, latents()), (encode, video(5))):
-        exact, stock = truth(function, low, x.to(dtype)), function(low, x)
-        pv.accelerate(low, strict=True)
-        assert_close(function(low, x), exact, stock, function.__name__)
-        pv.restore(low)
+def test_bfloat16_is_no_further_from_float64_than_diffusers(kind):
+    vae = tiny(kind).to(torch.bfloat16)
+    for function, x in ((decode, latents(2)), (encode, video(5))):
+        x = x.bfloat16()
+        exact, stock = truth(function, vae, x), function(vae, x)
+        pv.accelerate(vae, strict=True)
+        assert_close(function(vae, x), exact, stock, function.__name__)
+        pv.restore(vae)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiling_and_slicing(kind):
     vae = tiny(kind)
-    z, clip = latents(2, 5, 7, batch=2), video(5, 40, 56)
-    vae.enable_slicing()
     scale = vae.spatial_compression_ratio
-    vae.enable_tiling(4 * scale, 4 * scale, 2 * scale, 2 * scale)
+    z, clip = latents(2, 3, 5, batch=2), video(5, 4 * scale, 5 * scale)
+    vae.enable_slicing()
+    vae.enable_tiling(4 * scale, 4 * scale, 3 * scale, 3 * scale)
     stock = decode(vae, z), encode(vae, clip)
     report = pv.accelerate(vae, strict=True)
     ours = decode(vae, z), encode(vae, clip)
@@ -246,8 +245,8 @@ def test_caches_hold_no_more_than_two_frames():
     with torch.no_grad():
         for frame in range(3):
             vae.decoder(z[:, :, frame : frame + 1], feat_cache=caches, feat_idx=[0], first_chunk=frame == 0)
-    frames = [cache.shape[2] for cache in caches]
-    assert frames == [2] * len(caches)
+    caches = [cache for cache in caches if cache is not None]  # diffusers counts shortcuts, which keep nothing
+    assert len(caches) > 10 and {cache.shape[2] for cache in caches} == {2}
     # Views of no more than what they show: a cache must not keep a whole chunk alive.
     assert all(cache.untyped_storage().nbytes() == cache.numel() * 4 for cache in caches)
 
@@ -343,20 +342,16 @@ def test_autocast_keeps_its_convolutions():
     assert list(report.fallbacks()["causal_conv3d"]) == ["autocast chooses the dtype of the convolution"]
 
 
+@torch.no_grad()
 def test_compiles_into_one_graph():
     vae, z = tiny(), latents(2, 2, 2)
-    caches = lambda: [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-
-    def chunks(decoder):
-        slots = caches()
-        with torch.no_grad():
-            return [decoder(z[:, :, i : i + 1], slots, [0], i == 0) for i in range(2)]
-
-    stock = chunks(vae.decoder)
+    caches = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    vae.decoder(z[:, :, :1], caches, [0], True)
+    stock = vae.decoder(z[:, :, 1:], list(caches), [0], False)
     pv.accelerate(vae)
     torch.compiler.reset()
-    for got, expected in zip(chunks(torch.compile(vae.decoder, backend="eager", fullgraph=True)), stock, strict=True):
-        assert_equal_to_1e5(got, expected)
+    compiled = torch.compile(vae.decoder, backend="eager", fullgraph=True)
+    assert_equal_to_1e5(compiled(z[:, :, 1:], list(caches), [0], False), stock)
 
 
 # What is left ---------------------------------------------------------------------------------------------------

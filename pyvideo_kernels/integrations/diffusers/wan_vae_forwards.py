@@ -105,13 +105,12 @@ def conv_forward(
 ) -> Tensor:
     """The causal convolution, its past read from ``cache_x``; ``residual`` is added before the result is rounded."""
     clip = channels_last(x)
-    reason = _why_not(clip, self.weight, self.bias)
+    autocast = "autocast chooses the dtype of the convolution" if autocasting(x) else None
+    reason = autocast or _why_not(clip, self.weight, self.bias)
     past = self._padding[4]
     if cache_x is not None and past == 0:
         cache_x = None  # as the stock forward: nothing to pad, nothing to look back at
-    if reason is None and autocasting(x):
-        reason = "autocast chooses the dtype of the convolution"
-    elif reason is None and cache_x is not None and (cache_x.shape[2] > past or cache_x.dtype != x.dtype):
+    if reason is None and cache_x is not None and (cache_x.shape[2] > past or cache_x.dtype != x.dtype):
         reason = "the cache is longer than the kernel looks back, or of another dtype"
     if reason is None:
         cache = None if cache_x is None else channels_last(cache_x.to(x.device))
@@ -127,7 +126,9 @@ def conv_forward(
             residual=None if residual is None else channels_last(residual),
             impl=settings.impl,
         )
-        return channels_first(y)
+        y = channels_first(y)
+        # Who hands over the stock layout (callers of quant_conv) gets it back.
+        return y if x.stride(1) == 1 else y.contiguous()
     fall_back(settings, "causal_conv3d", reason)
     y = WanCausalConv3d.forward(self, x, cache_x)
     return y if residual is None else y + residual
@@ -147,7 +148,7 @@ def _next_cache(x: Tensor, previous: Tensor | None) -> Tensor:
     frames = x.shape[2]
     if frames > CACHE_T:
         # A view would keep every frame of the chunk alive until the next one.
-        return channels_first(channels_last(x)[:, -CACHE_T:].contiguous())
+        return channels_first(channels_last(x)[:, -CACHE_T:].clone(memory_format=torch.contiguous_format))
     if frames == CACHE_T or previous is None:
         return x
     last = channels_last(previous[:, :, -1:].to(x.device))
@@ -229,7 +230,7 @@ def resample_forward(
     if self.mode == "downsample3d" and feat_cache is not None:
         index = feat_idx[0]
         previous = feat_cache[index]
-        feat_cache[index] = channels_first(channels_last(x)[:, -1:].contiguous())
+        feat_cache[index] = channels_first(channels_last(x)[:, -1:].clone(memory_format=torch.contiguous_format))
         if previous is not None:
             frames = torch.cat([channels_last(previous[:, :, -1:].to(x.device)), channels_last(x)], 1)
             x = self.time_conv(channels_first(frames))
