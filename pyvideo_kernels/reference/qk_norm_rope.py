@@ -181,7 +181,7 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     g = generator()
     f32 = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def table(*shape: int, layout: str = "interleaved") -> dict[str, Tensor]:
+    def table(*shape: int, layout: str = "interleaved") -> dict[str, Any]:
         angle = torch.rand(*shape[:-1], shape[-1] // 2, generator=g, dtype=torch.float64) * 6.0
         angle = angle.repeat_interleave(2, -1) if layout == "interleaved" else torch.cat((angle, angle), -1)
         return {"cos": angle.cos().to(f32), "sin": angle.sin().to(f32), "layout": layout}
