@@ -108,7 +108,7 @@ def _no_mark() -> None:
 
 
 @functools.cache
-def _as_method(function: Callable[..., Any]) -> types.FunctionType:
+def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function(module, settings, ...)`` as ``forward(self, ...)``; one for all the modules it stands in for.
 
     Bound with types.MethodType, which deep-copies with its module, and which torch.compile recognises by its code: a
@@ -275,7 +275,9 @@ def _count(token: int, op: str, reason: str) -> bool:
 def fall_back(settings: Settings, op: str, reason: str) -> None:
     """Count a call that goes to the stock code; with ``strict`` refuse it."""
     if settings.strict:
-        raise UnsupportedError(f"{op}: strict, and this call cannot run: {reason}; restore() or accelerate without strict")
+        raise UnsupportedError(
+            f"{op}: strict, and this call cannot run: {reason}; accelerate() without strict falls back"
+        )
     _count(settings.token, op, reason)
 
 

@@ -100,9 +100,7 @@ WAN_OPS = {
 
 def instance_dicts(model):
     """What every module's instance dict holds, by identity, without the containers that torch itself refills."""
-    return {
-        name: {key: id(value) for key, value in module.__dict__.items()} for name, module in model.named_modules()
-    }
+    return {name: {key: id(value) for key, value in module.__dict__.items()} for name, module in model.named_modules()}
 
 
 __all__ = ["WAN_OPS", "Float64", "assert_close", "double", "inputs", "instance_dicts", "run", "tiny", "truth", "used"]

@@ -23,7 +23,8 @@ from .helpers import WAN_OPS, inputs, instance_dicts, run, tiny, used
 def test_importing_the_package_and_asking_for_accelerate_imports_no_diffusers():
     code = (
         "import sys, pyvideo_kernels as pv\npv.accelerate, pv.restore, pv.Report\n"
-        "loaded = {'diffusers', 'transformers', 'accelerate', 'rich'} & set(sys.modules)\nsys.exit(repr(loaded) if loaded else 0)"
+        "loaded = {'diffusers', 'transformers', 'accelerate', 'rich'} & set(sys.modules)\n"
+        "sys.exit(repr(loaded) if loaded else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -220,8 +220,9 @@ def test_caches(name, first):
         ref64 = steps_of(in_float64, {key: double(value) for key, value in arguments.items()})
     assert_close(steps_of(model, arguments), ref64, steps_of(stock, arguments))
     assert not torch.allclose(ref64.float(), plain)  # the cache skipped something
-    blocks = report.calls()["gate_residual"].popitem()[1]
-    assert blocks == 18 if name == "pyramid" else blocks < 18
+    # Some caches skip whole blocks, some the attentions inside.
+    skipped = "qk_norm_rope" if name in ("pyramid", "taylorseer") else "gate_residual"
+    assert 0 < report.calls()[skipped].popitem()[1] < 18
     model.disable_cache()
     report = pv.accelerate(model)
     same_as_stock(model, tiny(3), arguments)

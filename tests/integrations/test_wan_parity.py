@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyvideo_kernels as pv
-from pyvideo_kernels.integrations.diffusers import wan_forwards
+from pyvideo_kernels.integrations.diffusers import wan_attention, wan_forwards
 from pyvideo_kernels.testing.compare import Mismatch
 
 from .helpers import WAN_OPS, assert_close, inputs, run, tiny, truth, used
@@ -154,6 +154,7 @@ MISTAKES = {
 def test_a_mistake_fails_the_parity_check(mistake, dtype, monkeypatch):
     op, wrong = MISTAKES[mistake]
     model = tiny().to(dtype)
-    monkeypatch.setattr(wan_forwards, op, wrong)
+    home = wan_attention if hasattr(wan_attention, op) else wan_forwards
+    monkeypatch.setattr(home, op, wrong)
     with pytest.raises(Mismatch):
         check(model, inputs(dtype))

@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import nn
 
 from ..swap import Left, Plan, Settings, Swap, obstacle
+from . import wan_attention as attention
 from . import wan_forwards as forwards
 
 _HOME = "diffusers.models.transformers.transformer_wan"
@@ -28,6 +29,7 @@ SOURCES = {
     f"{_HOME}:WanTransformer3DModel": {"f68ae8c75725eab8": "0.42.1"},
     "diffusers.models.normalization:FP32LayerNorm": {"9cb0de44bf6c460a": "0.42.1"},
 }
+
 
 def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
     """What accelerate() does with a WanTransformer3DModel that is called ``path`` in its pipeline."""
@@ -96,7 +98,7 @@ class _Planner:
         if image is not None:
             for name in ("norm1", "norm2"):
                 self.norm(f"condition_embedder.image_embedder.{name}", getattr(image, name), "layer_norm_modulate")
-        self.keep("blocks.*.ffn", "GEMMs and their GELU stay module calls, which LoRA, fp8 casting and quantisation need")
+        self.keep("blocks.*.ffn", "its GEMMs and GELU stay module calls: LoRA, fp8 casting and quantisation need them")
         if not self.dense:
             self.keep("blocks.*.attn1", "the attention itself runs on the model's own backend (attention=None)")
         self.keep("blocks.*.attn2", "the cross-attention itself runs on the model's own backend")
@@ -131,12 +133,12 @@ class _Planner:
             if type(processor) is not WanAttnProcessor:
                 unfit = f"its processor is a {type(processor).__name__}, not the stock WanAttnProcessor"
             note = "hands the rotary tables to norm_q and norm_k"
-            kind, forward = WanAttention, forwards.attention_forward
+            kind, forward = WanAttention, attention.attention_forward
             self.swap(inner, attn, kind, forward, self.dense, serves=("qk_norm_rope",), note=note, unfit=unfit)
         for name in ("norm_q", "norm_k", "norm_added_k"):
             if hasattr(attn, name):
                 op = "qk_norm_rope" if rotated and name != "norm_added_k" else "rms_norm"
-                self.swap(f"{inner}.{name}", getattr(attn, name), nn.RMSNorm, forwards.rms_forward, (op,))
+                self.swap(f"{inner}.{name}", getattr(attn, name), nn.RMSNorm, attention.rms_forward, (op,))
 
 
 def _odd_weight(module: nn.Module) -> str | None:

@@ -1,0 +1,209 @@
+"""Wan's attention: the forwards of its q and k norms and of WanAttention itself (``wan.py`` says where)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    _get_added_kv_projections,
+    _get_qkv_projections,
+)
+from torch import Tensor, nn
+
+from ...ops.qk_norm_rope import qk_norm_rope
+from ...ops.rms_norm import rms_norm
+from ...ops.spacetime_attention import spacetime_attention
+from ..swap import Settings, fall_back, ours, why_not
+
+# The text encoder's context length, which the stock processor hardcodes to tell image tokens from text tokens.
+_TEXT_TOKENS = 512
+
+
+def rms_forward(
+    self: nn.RMSNorm,
+    settings: Settings,
+    inputs: Tensor,
+    rotate: Callable[..., Any] | None = None,
+    query: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    heads: int = 0,
+) -> Any:
+    """RMSNorm; with ``rotate`` or ``query``, the two halves of a joint norm and rotation of q and k.
+
+    The op reads two weights that two modules own, and hooks may hold each in memory only during its owner's forward.
+    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op.
+    """
+    if rotate is not None:
+        return rotate(inputs, self.weight)
+    if query is not None and rotary_emb is not None:
+        q, k = qk_norm_rope(
+            query.unflatten(2, (heads, -1)),
+            inputs.unflatten(2, (heads, -1)),
+            query_weight,
+            self.weight,
+            *rotary_emb,
+            eps=_eps(self, inputs),
+            impl=settings.impl,
+        )
+        return q, k
+    if "rms_norm" in settings.ops:
+        reason = why_not(inputs, self.weight)
+        if reason is None:
+            return rms_norm(inputs, self.weight, eps=_eps(self, inputs), impl=settings.impl)
+        fall_back(settings, "rms_norm", reason)
+    return nn.RMSNorm.forward(self, inputs)
+
+
+def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+
+
+# Attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_forward(
+    self: WanAttention,
+    settings: Settings,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    grid: tuple[int, int, int] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """WanAttention with the stock processor's arithmetic; any other processor is called as it is."""
+    processor = self.processor
+    if type(processor) is not WanAttnProcessor or kwargs:
+        what = f"processor {type(processor).__name__}" if not kwargs else "extra keyword arguments"
+        fall_back(settings, "qk_norm_rope", what)
+        out: Tensor = WanAttention.forward(
+            self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+        )
+        return out
+    context = encoder_hidden_states
+    image = None
+    if self.add_k_proj is not None and context is not None:
+        image_tokens = context.shape[1] - _TEXT_TOKENS
+        image, context = context[:, :image_tokens], context[:, image_tokens:]
+    query, key, value = _get_qkv_projections(self, hidden_states, context)
+    query, key = _normed(self, settings, query, key, rotary_emb)
+    value = value.unflatten(2, (self.heads, -1))
+
+    image_out = None
+    if image is not None:
+        image_key, image_value = _get_added_kv_projections(self, image)
+        image_key = self.norm_added_k(image_key).unflatten(2, (self.heads, -1))
+        image_value = image_value.unflatten(2, (self.heads, -1))
+        image_out = _attend(processor, query, image_key, image_value, None, None)
+
+    if encoder_hidden_states is None and _dense(settings, query, key, value, attention_mask, grid, processor):
+        assert grid is not None
+        attended: Any = spacetime_attention(query, key, value, grid=grid, impl=settings.impl)
+        out = attended.flatten(2, 3)
+    else:
+        parallel = processor._parallel_config if encoder_hidden_states is None else None
+        out = _attend(processor, query, key, value, attention_mask, parallel)
+    if image_out is not None:
+        out = out + image_out
+    out = self.to_out[0](out)
+    out = self.to_out[1](out)
+    return out
+
+
+def _attend(processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parallel: Any) -> Tensor:
+    out: Tensor = dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=0.0,
+        is_causal=False,
+        backend=processor._attention_backend,
+        parallel_config=parallel,
+    )
+    return out.flatten(2, 3).type_as(query)
+
+
+def _normed(
+    attn: WanAttention, settings: Settings, query: Tensor, key: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Normalised, rotated q and k as ``[B, S, heads, head_dim]``."""
+    heads = attn.heads
+    if rotary_emb is not None and "qk_norm_rope" in settings.ops:
+        reason = _why_not_joint(attn, query, key)
+        if reason is None:
+            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads)
+            q, k = attn.norm_q(query, joint)
+            return q, k
+        fall_back(settings, "qk_norm_rope", reason)
+    query = attn.norm_q(query).unflatten(2, (heads, -1))
+    key = attn.norm_k(key).unflatten(2, (heads, -1))
+    if rotary_emb is not None:
+        query, key = _stock_rotate(query, *rotary_emb), _stock_rotate(key, *rotary_emb)
+    return query, key
+
+
+def _through_key_norm(
+    norm_k: Any, key: Tensor, rotary_emb: tuple[Tensor, Tensor], heads: int, query: Tensor, query_weight: Tensor | None
+) -> Any:
+    return norm_k(key, None, query, query_weight, rotary_emb, heads)
+
+
+def _why_not_joint(attn: WanAttention, query: Tensor, key: Tensor) -> str | None:
+    for norm in (attn.norm_q, attn.norm_k):
+        if not ours(norm, nn.RMSNorm):
+            return f"norm_q or norm_k is a {type(norm).__name__} that is not swapped"
+        # The weights themselves may be offloaded until their owner's forward: only their kind is looked at here.
+        if norm.weight is not None and type(norm.weight) is not nn.Parameter:
+            return f"weight is a {type(norm.weight).__name__}"
+    if attn.norm_q.eps != attn.norm_k.eps:
+        return "norm_q and norm_k have different eps"
+    if key.dtype != query.dtype:
+        return "q and k of different dtypes"
+    return why_not(query) or why_not(key)
+
+
+def _stock_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out.type_as(x)
+
+
+def _dense(
+    settings: Settings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    grid: tuple[int, int, int] | None,
+    processor: Any,
+) -> bool:
+    """Whether this self-attention runs through spacetime_attention."""
+    if settings.attention is None or "spacetime_attention" not in settings.ops:
+        return False
+    reason = why_not(query) or why_not(value)
+    if mask is not None:
+        reason = f"{str(mask.dtype).removeprefix('torch.')} attention mask"
+    elif processor._parallel_config is not None:
+        reason = "context parallelism"
+    elif grid is None:
+        reason = "called outside the accelerated transformer, which knows the grid"
+    elif grid[0] * grid[1] * grid[2] != query.shape[1]:
+        reason = "the sequence is not the whole grid"
+    elif value.dtype != query.dtype or key.dtype != query.dtype:
+        reason = "q, k and v of different dtypes"
+    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        reason = "gradients are wanted and the op has no backward"
+    if reason is not None:
+        fall_back(settings, "spacetime_attention", reason)
+    return reason is None
