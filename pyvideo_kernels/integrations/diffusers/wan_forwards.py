@@ -46,7 +46,7 @@ def norm_forward(
     branch: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Any:
-    """LayerNorm, then modulation if ``scale`` is given; with ``branch``, ``(x, norm of x)``, x = inputs + branch * gate."""
+    """LayerNorm and, if ``scale`` is given, modulation; with ``branch``, of x = inputs + branch * gate, after x."""
     reason = why_not(inputs, self.weight, self.bias)
     if branch is None:
         return _modulated(self, settings, inputs, scale, shift, reason)
@@ -94,13 +94,7 @@ def _stock_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return x + branch if gate is None else (x.float() + branch * gate).type_as(x)
 
 
-def _normalise(
-    norm: Any,
-    settings: Settings,
-    x: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+def _normalise(norm: Any, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """``norm(x)`` and its modulation, fused where the norm is ours."""
     if ours(norm, FP32LayerNorm):
         out: Tensor = norm(x, scale, shift)
@@ -125,7 +119,7 @@ def _add_and_normalise(
         x, y = norm(x, scale, shift, branch, gate)
         return x, y
     x = _residual(settings, x, branch, gate)
-    return x, _normalise(norm, settings, x, scale, shift)
+    return x, _normalise(norm, x, scale, shift)
 
 
 # Block and transformer ------------------------------------------------------------------------------------------
@@ -148,7 +142,7 @@ def block_forward(
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
 
     x = hidden_states
-    normed = _normalise(self.norm1, settings, x, scale, shift)
+    normed = _normalise(self.norm1, x, scale, shift)
     if ours(self.attn1, WanAttention) and grid is not None:
         branch = self.attn1(normed, None, None, rotary_emb, grid)
     else:
@@ -283,4 +277,4 @@ def _last(
             video: Tensor = self.proj_out(x, scale, shift, grid, patch, norm.eps)
             return video
         fall_back(settings, "final_layer", reason)
-    return _unpatchify(self.proj_out(_normalise(norm, settings, x, scale, shift)), grid, patch)
+    return _unpatchify(self.proj_out(_normalise(norm, x, scale, shift)), grid, patch)
