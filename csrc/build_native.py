@@ -197,7 +197,7 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
         gencode = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in info.cuda_archs]
         nvccflags = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC",
                      f"-Xcompiler={prefix_map}", "-Xcompiler=-fvisibility=hidden", "--threads=2", "-Xptxas=-v",
-                     f"-ccbin={shlex.quote(compiler[-1])}", *gencode]  # fmt: skip
+                     f"-ccbin={shlex.quote(compiler[0])}", *gencode]  # fmt: skip
         lines += [
             f"nvcc = {shlex.quote(nvcc)}",
             f"nvccflags = {' '.join(nvccflags)}",
