@@ -27,7 +27,7 @@ def _gate_residual_fwd_kernel(
     x = tl.load(x_ptr + b * x_b + tokens[:, None] * x_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + b * y_b + tokens[:, None] * y_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_GATE:
-        # Through the first-level cache for a per-batch gate (row stride 0): cheaper than a trip through shared memory.
+        # Through the first-level cache for a per-batch gate (row stride 0), not through shared memory.
         at = gate_ptr + b * gate_b + tokens[:, None] * gate_s + cols[None, :]
         y = y * tl.load(at, mask=mask, other=0.0).to(tl.float32)
     out = out_ptr + (b * s + tokens)[:, None] * d + cols[None, :]
