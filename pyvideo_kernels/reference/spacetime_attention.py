@@ -157,4 +157,4 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield {**dense, **wide, "grid": (3, 1, 11)}
     # Text alone, none of it valid: zeros and -inf.
     nothing = {"text_len": 3, "kv_lens": torch.tensor([0, 2])}
-    yield {**dense, **separate(2, 3, 1, 1, 64), "grid": (0, 0, 0), **nothing}
+    yield {**dense, **separate(2, 3, 1, 1, 64, scale=8.0), "grid": (0, 0, 0), **nothing}

@@ -18,17 +18,25 @@ def _call(
     )
 
 
+WAN = _call((21, 30, 52), 12, 128)
+COGVIDEOX = _call((13, 30, 45), 48, 64, text_len=226, text_side="prefix", batch=2, lse=True)
+HUNYUAN = _call((30, 48, 80), 24, 128, text_len=256, lse=True)
+POINTERS = ("sm_80", "sm_89", "sm_120", "gfx942", "gfx950")
+DESCRIPTORS = ("sm_90", "sm_100")
+
 # The common shapes on every architecture; the corners where another code path or the most registers are at stake.
 CASES = [
-    Case("wan-1.3b-480p", _call((21, 30, 52), 12, 128), matrix=True, tma=True),
-    Case("cogvideox-text-prefix", _call((13, 30, 45), 48, 64, text_len=226, text_side="prefix", batch=2, lse=True),
-         matrix=True, tma=True),
-    Case("hunyuan-text-suffix-lse", _call((30, 48, 80), 24, 128, text_len=256, lse=True), matrix=True, tma=True,
-         archs=("sm_80", "sm_90", "sm_100")),
-    Case("head-dim-256-grouped", _call((21, 30, 52), 8, 256, kv_heads=2), matrix=True, tma=True,
-         archs=("sm_80", "sm_90", "gfx942")),
-    Case("head-dim-40-padded", _call((21, 30, 52), 8, 40), matrix=True, tma=True, archs=("sm_90", "sm_120")),
+    Case("wan-1.3b-480p", WAN, matrix=True, archs=POINTERS),
+    Case("wan-1.3b-480p-descriptors", WAN, matrix=True, tma=True, archs=DESCRIPTORS),
+    Case("cogvideox-text-prefix", COGVIDEOX, matrix=True, archs=POINTERS),
+    Case("cogvideox-text-prefix-descriptors", COGVIDEOX, matrix=True, tma=True, archs=DESCRIPTORS),
+    Case("hunyuan-text-suffix-lse", HUNYUAN, matrix=True, archs=("sm_80",)),
+    Case("hunyuan-text-suffix-lse-descriptors", HUNYUAN, matrix=True, tma=True, archs=DESCRIPTORS),
+    Case("head-dim-256-grouped", _call((21, 30, 52), 8, 256, kv_heads=2), matrix=True, archs=("sm_80", "gfx942")),
+    Case("head-dim-256-descriptors", _call((21, 30, 52), 8, 256), matrix=True, tma=True, archs=("sm_90",)),
+    Case("head-dim-40-padded", _call((21, 30, 52), 8, 40), matrix=True, archs=("sm_120",)),
+    Case("head-dim-40-descriptors", _call((21, 30, 52), 8, 40), matrix=True, tma=True, archs=("sm_90",)),
     Case("head-dim-36-pointers", _call((21, 30, 52), 8, 36), matrix=True, archs=("sm_90",)),
     Case("head-dim-35-scalar-loads", _call((21, 30, 52), 8, 35), matrix=True, archs=("sm_80",)),
     Case("fp32-128", _call((21, 30, 52), 12, 128, dtype=torch.float32), archs=("sm_80", "sm_90", "gfx942")),
-]  # fmt: skip
+]
