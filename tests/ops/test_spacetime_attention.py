@@ -124,6 +124,38 @@ def test_offsets_pass_two_to_the_31():
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("side", ["suffix", "prefix"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+def test_text_counts_past_either_end_are_clamped(impl, side):
+    if impl == "sdpa" and helpers.GPU:
+        pytest.skip("SDPA takes no kv_lens on CUDA; test_bad_input covers the refusal")
+    q = _randn(2, 9, 1, 16).to(helpers.DEVICE)
+
+    def run(*lens):
+        lens = torch.tensor(lens, device=helpers.DEVICE)
+        return pv.spacetime_attention(q, q, q, grid=(1, 2, 3), text_len=3, text_side=side, kv_lens=lens, impl=impl)
+
+    assert torch.equal(run(-5, 1000), run(0, 3))
+    assert not torch.equal(run(-5, 1000), run(1, 3))
+
+
+@pytest.mark.skipif(helpers.GPU, reason="architectures are forced in the interpreter only")
+def test_views_that_descriptors_cannot_address_go_by_pointers():
+    from pyvideo_kernels.kernels.spacetime_attention import descriptors_can_address
+
+    q, k, v = _qkv(18, head_dim=36, dtype=torch.float16)  # rows of 72 bytes
+    assert not descriptors_can_address(q, k, v)
+    assert not descriptors_can_address(_randn(1, 1, 1, 16).expand(1, 4, 1, 16))
+    assert descriptors_can_address(_randn(1, 4, 3, 16)[:, :, 1:2])
+    with forced_arch("sm_90"):
+        out = pv.spacetime_attention(q, k, v, grid=(2, 3, 3), impl="triton")
+    exact, low = (
+        pv.spacetime_attention(*(t.to(dtype) for t in (q, k, v)), grid=(2, 3, 3), impl="reference")
+        for dtype in (torch.float64, torch.float16)
+    )
+    assert_close(out, exact, low)
+
+
 # What the samples would miss -----------------------------------------------------------------------------------
 
 
