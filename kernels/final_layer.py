@@ -98,6 +98,16 @@ def _store_pixels(
 
 
 @triton.jit
+def _place(tokens, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Batch entry, tokens and features of this program; neighbours share tokens, so that x comes from cache."""
+    tiles, blocks = tl.cdiv(features, BLOCK_N), tl.cdiv(tokens, BLOCK_M)
+    pid = tl.program_id(0)
+    row = pid // tiles
+    feature = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (row // blocks).to(tl.int64), row % blocks * BLOCK_M + tl.arange(0, BLOCK_M), feature
+
+
+@triton.jit
 def _final_layer_fwd_kernel(
     x_ptr, x_b, x_s, folded_ptr, total_ptr, offset_ptr, folded_batches, out_ptr,
     tokens, d, eps, features, channels, grid_t, grid_h, grid_w,
@@ -105,11 +115,7 @@ def _final_layer_fwd_kernel(
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Per-batch modulation, folded into the weights: one loop."""
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid // blocks).to(tl.int64)
-    token = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, token, feature = _place(tokens, features, BLOCK_M, BLOCK_N)
     token_mask, feature_mask = token < tokens, feature < features
     x_rows = x_ptr + b * x_b + token.to(tl.int64) * x_s
     entry = tl.where(folded_batches > 1, b, 0) * features
@@ -144,11 +150,7 @@ def _final_layer_per_token_fwd_kernel(
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Per-token modulation: statistics in a first loop, the second finds x in cache."""
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid // blocks).to(tl.int64)
-    token = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, token, feature = _place(tokens, features, BLOCK_M, BLOCK_N)
     token_mask, feature_mask = token < tokens, feature < features
     token64 = token.to(tl.int64)
     x_rows = x_ptr + b * x_b + token64 * x_s
@@ -215,7 +217,7 @@ def launch_fwd(
     (b, tokens, d), features = x.shape, weight.shape[0]
     if out.numel() == 0:
         return
-    launch_grid = (b * cdiv(tokens, config.block_m), cdiv(features, config.block_n))
+    launch_grid = (b * cdiv(tokens, config.block_m) * cdiv(features, config.block_n),)
     # Within a batch entry; 64-bit offsets cost a second register a pixel.
     offset_type = tl.int64 if out[0].numel() > NARROW_ELEMENTS else tl.int32
     tile = (offset_type, config.block_m, config.block_n, config.block_k)

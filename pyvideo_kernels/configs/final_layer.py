@@ -17,22 +17,21 @@ class Config:
 
 
 def select(arch: str, *, features: int, itemsize: int, per_token: bool) -> Config:
-    """All features in one tile up to 256, so that x is read once.
+    """32 results a thread: storing a pixel takes an address each, and twice as many spill.
 
-    Per-batch modulation is folded into the weights, which every program reads whole: tall tiles, fewer programs.
-    Per-token modulation brings two fp32 tables a tile: shorter tiles leave them registers.
+    Per-batch modulation is folded into the weights, which every program reads whole: tall tiles. More than 64 features
+    (Wan 2.2 5B has 192) go to neighbouring programs, which find x in the cache.
+    Per-token modulation brings two fp32 tables that weigh four times x: all features in one tile, up to 256.
     """
     if arch == "cpu":
         return Config(16, 16, 16, 1, 1)
-    block_n = min(256, 1 << max(features - 1, 15).bit_length())
+    width = 1 << max(features - 1, 15).bit_length()
     if itemsize == 4:
         # fp32 products run on the ordinary units.
-        return Config(32, min(block_n, 64), 32, 4, 2)
-    wide = block_n > 128
-    if per_token:
-        # On sm_120 the 64 × 256 tile leaves the two tables no registers, on AMD no scalar registers for lane masks.
-        block_m = 32 if wide and (arch.startswith("gfx") or arch == "sm_120") else 64
-        return Config(block_m, block_n, 32, 8 if block_n * block_m > 8192 else 4, 2)
-    if wide:
-        return Config(32 if arch.startswith("gfx") else 64, block_n, 64, 8, 2)
-    return Config(128, block_n, 64, 8, 3)
+        return Config(32, min(width, 64), 32, 4, 2)
+    if not per_token:
+        return Config(128, min(width, 64), 64, 8, 3)
+    amd, block_n = arch.startswith("gfx"), min(width, 256)
+    # On AMD a 64 × 256 tile has more lane masks than scalar registers.
+    block_m = 32 if amd and block_n > 128 else 64
+    return Config(block_m, block_n, 32, max(4, block_m * block_n // (32 * (64 if amd else 32))), 2)
