@@ -24,7 +24,7 @@ PIPELINE_PROMPT_TOKENS = 512
 
 TRANSFORMER: dict[str, Any] = {
     "patch_size": [1, 2, 2],
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "attention_head_dim": 32,
     "in_channels": Z_DIM,
     "out_channels": Z_DIM,

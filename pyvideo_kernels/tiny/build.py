@@ -1,6 +1,6 @@
 """Put a run's averaged weights together as a ``WanPipeline`` directory.
 
-    python -m pyvideo_kernels.tiny.build --run runs/tiny --output runs/tiny/model
+python -m pyvideo_kernels.tiny.build --run runs/tiny --output runs/tiny/model
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..error_types import ValueOptionError
 from . import FRAMES, HEIGHT, WIDTH
 from .grammar import BACKGROUNDS, COLORS, SHAPES, Scene, all_scenes
 
@@ -77,7 +78,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         drop = y - 0.3 * radius
         slope = 0.75**0.5 * x.abs() - 0.5 * drop
         return torch.maximum(slope, drop) - 0.65 * radius
-    raise ValueError(f"shape: expected one of {SHAPES}, got {shape!r}")
+    raise ValueOptionError(f"shape: expected one of {SHAPES}, got {shape!r}")
 
 
 def render(

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from ..error_types import ValueOptionError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 35),
     "green": (35, 175, 60),
@@ -47,7 +49,7 @@ class Scene:
         background: a key of ``BACKGROUNDS``.
         size: one of ``SIZES``, or None where the sentence names none.
     Raises:
-        ValueError: names the field, what is allowed, and what came.
+        ValueOptionError: names the field, what is allowed, and what came.
     """
 
     color: str
@@ -66,7 +68,7 @@ class Scene:
         }
         for field, values in allowed.items():
             if getattr(self, field) not in values:
-                raise ValueError(f"{field}: expected one of {values}, got {getattr(self, field)!r}")
+                raise ValueOptionError(f"{field}: expected one of {values}, got {getattr(self, field)!r}")
 
     @property
     def prompt(self) -> str:
@@ -96,9 +98,7 @@ def parse(prompt: str) -> Scene | None:
 
 def all_scenes() -> Iterator[Scene]:
     """Every scene of the grammar, in a fixed order."""
-    for color, shape, motion, background, size in product(
-        COLORS, SHAPES, MOTIONS, BACKGROUNDS, (None, *SIZES)
-    ):
+    for color, shape, motion, background, size in product(COLORS, SHAPES, MOTIONS, BACKGROUNDS, (None, *SIZES)):
         yield Scene(color, shape, motion, background, size)
 
 

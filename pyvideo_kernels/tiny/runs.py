@@ -53,18 +53,14 @@ class Schedule:
 
 def build_optimizers(model: nn.Module, lr: float, muon_lr: float = 0.0) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside transformer blocks and AdamW for the rest."""
-    matrices = [
-        p for name, p in model.named_parameters() if muon_lr > 0 and p.ndim == 2 and ".blocks." in name
-    ]
+    matrices = [p for name, p in model.named_parameters() if muon_lr > 0 and p.ndim == 2 and ".blocks." in name]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     ]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -77,9 +73,7 @@ class RunFolder:
     The averaged weights live in ``self.average``; they are what evaluation and the built model use.
     """
 
-    def __init__(
-        self, path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: float
-    ) -> None:
+    def __init__(self, path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: float) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path, self.model, self.optimizers, self.ema = path, model, optimizers, ema
         self.seconds = 0.0

@@ -59,7 +59,7 @@ def test_training_and_held_out_scenes_do_not_meet():
 
 @pytest.mark.parametrize("kind", ["clean", "noisy", "blurred"])
 def test_the_checker_reads_real_clips(kind):
-    clips = _clips(48, 7)
+    clips = _clips(40, 7)
     frames = clips.frames()
     if kind == "noisy":
         noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
@@ -72,13 +72,13 @@ def test_the_checker_reads_real_clips(kind):
 
 
 def test_the_checker_is_at_chance_on_shuffled_labels():
-    clips = _clips(96, 8)
+    clips = _clips(64, 8)
     readings = [read(clip) for clip in clips.frames()]
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).tolist()
     for name, chance in {"color": 1 / 8, "shape": 1 / 6, "motion": 1 / 6, "background": 1 / 2}.items():
         hits = sum(getattr(r, name) == getattr(clips.scenes[j], name) for r, j in zip(readings, order, strict=True))
         # Four standard deviations of a binomial.
-        assert abs(hits / 96 - chance) < 4 * (chance * (1 - chance) / 96) ** 0.5
+        assert abs(hits / 64 - chance) < 4 * (chance * (1 - chance) / 64) ** 0.5
 
 
 def test_nothing_is_read_from_nothing():
