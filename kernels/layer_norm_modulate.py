@@ -152,9 +152,9 @@ def _layer_norm_modulate_sums_kernel(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of modulation and affine parameters: one fp32 sum per chunk of tokens, or one per token."""
-    pid = tl.program_id(1)
+    pid = tl.program_id(0)
     b, chunk = (pid // chunks).to(tl.int64), pid % chunks
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     col_mask = (cols < d)[None, :]
     weight = tl.full((1, BLOCK_D), 1.0, tl.float32)
     bias = tl.zeros((1, BLOCK_D), tl.float32)
@@ -234,7 +234,7 @@ def launch_bwd(
         )  # fmt: skip
         if wants_sums:
             chunks = cdiv(s, sum_config.chunk)
-            _layer_norm_modulate_sums_kernel[(cdiv(d, sum_config.block_d), b * chunks)](
+            _layer_norm_modulate_sums_kernel[(b * chunks, cdiv(d, sum_config.block_d))](
                 dy, x, mean, rstd, scale, weight, bias, *sums,
                 s, d, chunks, *strides,
                 scale is not None, weight is not None, bias is not None,

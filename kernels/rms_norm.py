@@ -117,8 +117,9 @@ def _rms_norm_dweight_kernel(
     DIMS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums of dy * xhat over each chunk of rows, in a fixed order."""
-    chunk = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Chunks on the first axis: the second ends at 65535, and rows per head are many.
+    chunk = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, CHUNK, ROWS):
         rows = chunk * CHUNK + start + tl.arange(0, ROWS)
@@ -155,7 +156,7 @@ def launch_bwd(
             num_warps=config.num_warps,
         )  # fmt: skip
         if dweight is not None:
-            _rms_norm_dweight_kernel[(cdiv(d, sum_config.block_d), dweight.shape[0])](
+            _rms_norm_dweight_kernel[(dweight.shape[0], cdiv(d, sum_config.block_d))](
                 dy, x, rstd, dweight,
                 n_rows, d, *places,
                 dims, sum_config.chunk, sum_config.rows, sum_config.block_d,
