@@ -1,12 +1,13 @@
 """Last layer: norm, modulation, projection and unpatchify; x is read from memory once.
 
-With per-batch modulation the norm moves to the other side of the product,
+With per-batch modulation of 16-bit values the norm moves to the other side of the product,
 
     ((x - mean) * rstd * (1 + scale) + shift) · w + bias = rstd * (x · w' - mean * sum(w')) + shift · w + bias
 
 with w' = w * (1 + scale), so that one loop feeds x to the matrix units and takes its statistics from the same tiles.
 w' is rounded where the model rounds the modulated x; sum(w') is of the rounded values, so that the mean cancels.
-Per-token modulation has no such w': there a first loop takes the statistics, a second one normalises.
+Per-token modulation has no such w', and in fp32 taking off the mean after the product loses bits that count: there a
+first loop takes the statistics, a second one normalises.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _final_layer_fwd_kernel(
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Per-batch modulation, folded into the weights: one loop."""
+    """Per-batch modulation, folded into 16-bit weights: one loop."""
     b, token, feature = _place(tokens, features, BLOCK_M, BLOCK_N)
     token_mask, feature_mask = token < tokens, feature < features
     x_rows = x_ptr + b * x_b + token.to(tl.int64) * x_s
@@ -143,13 +144,13 @@ def _final_layer_fwd_kernel(
 
 
 @triton.jit
-def _final_layer_per_token_fwd_kernel(
+def _final_layer_two_loops_fwd_kernel(
     x_ptr, x_b, x_s, scale_ptr, scale_b, scale_s, shift_ptr, shift_b, shift_s, weight_ptr, weight_n, bias_ptr, out_ptr,
     tokens, d, eps, features, channels, grid_t, grid_h, grid_w,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Per-token modulation: statistics in a first loop, the second finds x in cache."""
+    """Per-token modulation or fp32: statistics in a first loop, the second finds x in cache."""
     b, token, feature = _place(tokens, features, BLOCK_M, BLOCK_N)
     token_mask, feature_mask = token < tokens, feature < features
     token64 = token.to(tl.int64)
@@ -225,13 +226,13 @@ def launch_fwd(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     x_b, x_s = x.stride(0), x.stride(1)
     with on_device(x):
-        if max(scale.shape[1], shift.shape[1]) == 1:
+        if config.folded:
             folded, total, offset, batches = _fold_modulation(weight, bias, scale, shift)
             _final_layer_fwd_kernel[launch_grid](
                 x, x_b, x_s, folded, total, offset, batches, out, *sizes, **options,
             )  # fmt: skip
         else:
-            _final_layer_per_token_fwd_kernel[launch_grid](
+            _final_layer_two_loops_fwd_kernel[launch_grid](
                 x, x_b, x_s, scale, *bs_strides(scale), shift, *bs_strides(shift), weight, weight.stride(0), bias, out,
                 *sizes, config.num_stages, **options,
             )  # fmt: skip
@@ -256,7 +257,7 @@ def final_layer(
         arch_for(x),
         features=weight.shape[0],
         itemsize=x.element_size(),
-        per_token=max(scale.shape[1], shift.shape[1]) > 1,
+        folded=x.element_size() == 2 and max(scale.shape[1], shift.shape[1]) == 1,
     )
     launch_fwd(x, scale, shift, weight, bias, out, grid, patch, eps, config)
     return out

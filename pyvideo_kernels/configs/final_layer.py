@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """Tile ``block_m`` tokens × ``block_n`` output features, walked in ``block_k`` channels."""
+    """Tile ``block_m`` tokens × ``block_n`` output features, walked in ``block_k`` channels.
 
+    ``folded``: the modulation is in the weights and one loop does, else two.
+    """
+
+    folded: bool
     block_m: int
     block_n: int
     block_k: int
@@ -16,22 +20,23 @@ class Config:
     num_stages: int
 
 
-def select(arch: str, *, features: int, itemsize: int, per_token: bool) -> Config:
+def select(arch: str, *, features: int, itemsize: int, folded: bool) -> Config:
     """32 results a thread: storing a pixel takes an address each, and twice as many spill.
 
-    Per-batch modulation is folded into the weights, which every program reads whole: tall tiles. More than 64 features
-    (Wan 2.2 5B has 192) go to neighbouring programs, which find x in the cache.
+    Folded weights are read whole by every program: tall tiles. More than 64 features (Wan 2.2 5B has 192) go to
+    neighbouring programs, which find x in the cache.
     Per-token modulation brings two fp32 tables that weigh four times x: all features in one tile, up to 256.
     """
     if arch == "cpu":
-        return Config(16, 16, 16, 1, 1)
+        return Config(folded, 16, 16, 16, 1, 1)
     width = 1 << max(features - 1, 15).bit_length()
     if itemsize == 4:
         # fp32 products run on the ordinary units.
-        return Config(32, min(width, 64), 32, 4, 2)
-    if not per_token:
-        return Config(128, min(width, 64), 64, 8, 3)
+        return Config(folded, 32, min(width, 64), 32, 4, 2)
+    if folded:
+        return Config(folded, 128, min(width, 64), 64, 8, 3)
     amd, block_n = arch.startswith("gfx"), min(width, 256)
     # On AMD a 64 × 256 tile has more lane masks than scalar registers.
     block_m = 32 if amd and block_n > 128 else 64
-    return Config(block_m, block_n, 32, max(4, block_m * block_n // (32 * (64 if amd else 32))), 2)
+    num_warps = max(4, block_m * block_n // (32 * (64 if amd else 32)))
+    return Config(folded, block_m, block_n, 32, num_warps, 2)

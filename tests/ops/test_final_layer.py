@@ -39,7 +39,8 @@ def test_wide_offsets_match_float64(monkeypatch):
     # Clips of 2^31 pixels do not fit a test: the addresses meant for them are used on small ones.
     kernels = importlib.import_module("pyvideo_kernels.kernels.final_layer")
     monkeypatch.setattr(kernels, "NARROW_ELEMENTS", 0)
-    assert check_op(OPS[NAME], "triton", helpers.DEVICE, torch.float32) > 0
+    for dtype in (torch.float16, torch.float32):  # one loop and two
+        assert check_op(OPS[NAME], "triton", helpers.DEVICE, dtype) > 0
 
 
 def test_contract():
@@ -123,10 +124,11 @@ def test_agrees_with_a_wan_transformer_from_pixels_to_pixels(per_token):
 
 
 @pytest.mark.parametrize("tokens", [1, 12])
-def test_a_large_mean_does_not_cancel_the_signal(tokens):
-    """The kernel takes the mean off after the product: it must hold where eager, which takes it off first, does."""
-    x, *rest = inputs(torch.float16, tokens=tokens)
-    x = x + 64.0
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float16, 64.0), (torch.float32, 3.0), (torch.float32, 30.0)])
+def test_a_large_mean_does_not_cancel_the_signal(tokens, dtype, mean):
+    """One kernel takes the mean off after the product: it must hold where eager, which takes it off first, does."""
+    x, *rest = inputs(dtype, tokens=tokens)
+    x = x + mean
     exact = eager(x.double(), *(t.double() for t in rest))
     device = helpers.DEVICE
     got = pv.final_layer(*(t.to(device) for t in (x, *rest)), GRID, PATCH, impl="triton").cpu()
