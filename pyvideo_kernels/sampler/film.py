@@ -166,18 +166,23 @@ class Film:
         s = self.settings
         if not s.preview or s.output is None:
             return None
-        from .preview import fit_projection, write_strip
+        from .preview import Projection, write_strip
 
         target = destination(s.output)
         path = self.preview_path = target.with_name(f"{target.stem}.preview.png")
         if self.sampler._projection is None:
-            self.sampler._projection = fit_projection(pipe.vae, self.sampler.device)
+            self.sampler._projection = Projection(pipe.vae, self.sampler.device)
+        projection = self.sampler._projection
+        # With model offload the VAE would push the transformer off the GPU each time.
+        refine = self.sampler.settings.offload != "model"
         self.reporter.note(f"preview: {path}")
 
         def show(i: int, total: int, x: Tensor) -> None:
             # About ten pictures a film.
             if (i + 1) % max(1, total // 10) == 0 or i == total - 1:
-                write_strip(path, x, self.sampler._projection)
+                if refine:
+                    projection.refine(x)
+                write_strip(path, x, projection)
                 self.previewed = True
 
         return show

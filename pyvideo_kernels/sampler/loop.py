@@ -147,12 +147,7 @@ def decode(pipe: Any, latents: Tensor, on_frames: Callable[[Tensor], None] | Non
             the VAE decodes in tiles.
     """
     vae = pipe.vae
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape)
-    std = torch.tensor(vae.config.latents_std).view(shape)
-    latents = latents.to(vae.dtype)
-    # Divided by the reciprocal, as the pipeline does: the same rounding.
-    latents = latents / (1.0 / std.to(latents)) + mean.to(latents)
+    latents = denormalise(vae, latents.to(vae.dtype))
     hook = None
     if on_frames is not None and not vae.use_tiling:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -168,6 +163,15 @@ def decode(pipe: Any, latents: Tensor, on_frames: Callable[[Tensor], None] | Non
     finally:
         if hook is not None:
             hook.remove()
+
+
+def denormalise(vae: Any, latents: Tensor) -> Tensor:
+    """Latents as the VAE takes them, from latents as the transformer does."""
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape)
+    std = torch.tensor(vae.config.latents_std).view(shape)
+    # Divided by the reciprocal, as the pipeline does: the same rounding.
+    return latents / (1.0 / std.to(latents)) + mean.to(latents)
 
 
 def to_pixels(video: Tensor) -> Tensor:
