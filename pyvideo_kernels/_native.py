@@ -29,6 +29,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "gate_residual": ("cpu",),
     "gate_residual_norm_modulate": ("cpu",),
     "rms_norm": ("cpu",),
+    "qk_norm_rope": ("cpu",),
     "rms_norm_silu": ("cpu",),
     "guidance_step": ("cpu", "cuda"),
 }

@@ -168,7 +168,7 @@ _ROWS: tuple[Op, ...] = (
         "qk_norm_rope",
         f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
         _qk_norm_rope,
-        _impls("qk_norm_rope", "triton"),
+        _impls("qk_norm_rope", "triton", "cpu"),
         differentiable=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
     ),
     Op(

@@ -140,7 +140,7 @@ def qk_norm_rope(
         q_bias, k_bias: as the weights, for ``norm_type="layer"``; None: 0.
         rotary_range: (start, stop), the tokens that are rotated (video; text is left); None: all.
         eps: added to the mean square or the variance, in units of q².
-        impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
     Returns:
         (q, k), contiguous, dtype and shape of the arguments; one rounding, after the rotation.
     Raises:

@@ -17,6 +17,8 @@ if not _native.available():
     pytest.skip(f"no compiled extension: {_native.why_not()}", allow_module_level=True)
 
 CPU_OPS = [name for name, devices in _native._KERNELS.items() if "cpu" in devices]
+# Ops on rows of [B, S, D]; qk_norm_rope takes [B, S, heads, head_dim] and has its own tests below.
+ROW_OPS = [name for name in CPU_OPS if name != "qk_norm_rope"]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -53,7 +55,7 @@ def test_samples(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CPU_OPS)
+@pytest.mark.parametrize("name", ROW_OPS)
 def test_odd_shapes(name, dtype):
     # One element, widths around every vector length, primes, and enough rows that threads share them unevenly.
     for shape in ((1, 1, 1), (2, 3, 7), (3, 5, 17), (1, 2, 129), (2, 67, 1537), (1, 911, 96)):
@@ -65,13 +67,13 @@ def test_odd_shapes(name, dtype):
             assert_close(out, ref64, low, f"{name} {shape}")
 
 
-@pytest.mark.parametrize("name", CPU_OPS)
+@pytest.mark.parametrize("name", ROW_OPS)
 def test_no_rows(name):
     for out in run(name, inputs(name, (0, 4, 8), torch.float32)):
         assert out.shape == (0, 4, 8)
 
 
-@pytest.mark.parametrize("name", CPU_OPS)
+@pytest.mark.parametrize("name", ROW_OPS)
 def test_same_bits_with_any_number_of_threads(name):
     args = inputs(name, (2, 331, 515), torch.bfloat16)
     before = torch.get_num_threads()
@@ -86,7 +88,7 @@ def test_same_bits_with_any_number_of_threads(name):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", CPU_OPS)
+@pytest.mark.parametrize("name", ROW_OPS)
 def test_nan_stays_in_its_row(name):
     for value in (float("nan"), float("inf")):
         args = inputs(name, (1, 4, 33), torch.float32)
@@ -94,6 +96,41 @@ def test_nan_stays_in_its_row(name):
         for out in run(name, args):
             assert not torch.isfinite(out[0, 2, 5])
             assert torch.isfinite(out[0, [0, 1, 3]]).all()
+
+
+def rope_inputs(batch, tokens, heads, head_dim, dtype, norm, layout):
+    g = torch.Generator().manual_seed(tokens * head_dim + heads)
+    q, k = (torch.randn(batch, tokens, heads, head_dim, generator=g).to(dtype) for _ in range(2))
+    size = heads * head_dim if norm == "across_heads" else head_dim
+    weights = [None if norm == "none" else torch.randn(size, generator=g) for _ in range(2)]
+    angle = torch.rand(tokens, head_dim // 2, generator=g) * 6
+    angle = angle.repeat_interleave(2, -1) if layout == "interleaved" else angle.repeat(1, 2)
+    return (q, k, *weights, None, None, angle.cos(), angle.sin(), norm, "rms", layout, 0, -1, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@pytest.mark.parametrize("norm", ["across_heads", "per_head", "none"])
+def test_qk_norm_rope_at_odd_shapes(norm, layout, dtype):
+    reference = dispatch.load(OPS["qk_norm_rope"], "reference")
+    for shape in ((1, 1, 1, 2), (2, 3, 5, 6), (1, 67, 3, 34), (1, 411, 2, 48), (0, 3, 2, 8), (2, 0, 2, 8)):
+        args = rope_inputs(*shape, dtype, norm, layout)
+        for out, ref64, low in zip(_native.qk_norm_rope(*args), reference(*to_float64(args)), reference(*args)):
+            assert out.is_contiguous() and out.shape == shape
+            assert_close(out, ref64, low, f"{norm} {layout} {shape}")
+
+
+def test_qk_norm_rope_has_the_same_bits_with_any_number_of_threads():
+    args = rope_inputs(2, 331, 4, 64, torch.bfloat16, "across_heads", "interleaved")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(_native.qk_norm_rope(*args))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_rows_of_a_permuted_and_sliced_view():

@@ -1,0 +1,221 @@
+// qk_norm_rope on the CPU: a token's heads are normalised and rotated in a float row that stays in cache, and rounded
+// once.
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/norm.h"
+#include "glue.h"
+
+namespace pyvideo {
+namespace {
+
+enum class Norm : int { none, across_heads, per_head };
+
+struct Args {
+  Rows x;  // one row a head
+  Rows cos;
+  Rows sin;
+  const float* weight;
+  const float* bias;
+  char* out;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t tokens;  // in a batch entry
+  int64_t start;   // tokens [start, stop) are rotated
+  int64_t stop;
+  Norm norm;
+  bool centre;
+  bool interleaved;
+  float eps;
+};
+
+// x <- (x - mean) * rstd * weight + bias over n values that share one statistic.
+PYVIDEO_INLINE void normalise(float* __restrict x, int64_t n, const float* __restrict weight,
+                              const float* __restrict bias, bool centre, float eps) {
+  const float mean = centre ? sum(x, n) / static_cast<float>(n) : 0.0f;
+  const float variance = sum_of_squares(x, mean, n) / static_cast<float>(n);
+  const float rstd = 1.0f / std::sqrt(variance + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = (x[i] - mean) * rstd;
+  }
+  if (weight != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] *= weight[i];
+    }
+  }
+  if (bias != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] += bias[i];
+    }
+  }
+}
+
+// Pairs (2i, 2i + 1): cos is read at even and sin at odd indices.
+PYVIDEO_INLINE void rotate_interleaved(float* __restrict x, const float* __restrict c, const float* __restrict s,
+                                       int64_t pairs) {
+#pragma omp simd
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[2 * i];
+    const float b = x[2 * i + 1];
+    x[2 * i] = a * c[2 * i] - b * s[2 * i + 1];
+    x[2 * i + 1] = a * s[2 * i + 1] + b * c[2 * i];
+  }
+}
+
+// Pairs (i, i + half): both tables are read in their first half.
+PYVIDEO_INLINE void rotate_half(float* __restrict low, float* __restrict high, const float* __restrict c,
+                                const float* __restrict s, int64_t half) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = low[i];
+    const float b = high[i];
+    low[i] = a * c[i] - b * s[i];
+    high[i] = a * s[i] + b * c[i];
+  }
+}
+
+// `scratch` holds the token's row and a row of each table.
+template <class T>
+PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = a.heads * a.head_dim;
+  FloatRow cos{scratch + width};
+  FloatRow sin{scratch + width + a.head_dim};
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t h = 0; h < a.heads; ++h) {
+      load_row(reinterpret_cast<const T*>(a.x.row(token * a.heads + h)), a.head_dim, scratch + h * a.head_dim);
+    }
+    if (a.norm == Norm::across_heads) {
+      normalise(scratch, width, a.weight, a.bias, a.centre, a.eps);
+    } else if (a.norm == Norm::per_head) {
+      for (int64_t h = 0; h < a.heads; ++h) {
+        normalise(scratch + h * a.head_dim, a.head_dim, a.weight, a.bias, a.centre, a.eps);
+      }
+    }
+    const int64_t batch = token / a.tokens;
+    const int64_t position = token - batch * a.tokens;
+    if (a.cos.data != nullptr && position >= a.start && position < a.stop) {
+      const int64_t first = (batch * (a.stop - a.start) + position - a.start) * a.heads;
+      for (int64_t h = 0; h < a.heads; ++h) {
+        const float* c = cos.get(a.cos, first + h, a.head_dim);
+        const float* s = sin.get(a.sin, first + h, a.head_dim);
+        float* x = scratch + h * a.head_dim;
+        if (a.interleaved) {
+          rotate_interleaved(x, c, s, a.head_dim / 2);
+        } else {
+          rotate_half(x, x + a.head_dim / 2, c, s, a.head_dim / 2);
+        }
+      }
+    }
+    T* out = reinterpret_cast<T*>(a.out) + token * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      out[i] = from_float<T>(scratch[i]);
+    }
+  }
+}
+
+PYVIDEO_CLONES void run_f32(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  body<float>(a, begin, end, scratch);
+}
+
+PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  body<bf16>(a, begin, end, scratch);
+}
+
+// A table [S_rot, head_dim] or [1 or B, S_rot, 1 or heads, head_dim], one row a head of every rotated token.
+Rows table_rows(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& shape) {
+  const char* op = "qk_norm_rope";
+  if (!t.has_value() || t->dim() != 2) {
+    return rows_like(op, name, t, shape);
+  }
+  Rows rows = rows_like(op, name, *t, {shape[1], shape[3]});
+  const int64_t stride = t->stride(0) * static_cast<int64_t>(t->element_size());
+  rows.dims = 0;
+  rows.push(shape[0], 0);
+  rows.push(shape[1], t->size(0) == 1 ? 0 : stride);
+  rows.push(shape[2], 0);
+  return rows;
+}
+
+// What q and k have in common.
+struct Options {
+  const std::optional<Tensor>& cos;
+  const std::optional<Tensor>& sin;
+  Norm norm;
+  bool centre;
+  bool interleaved;
+  int64_t start;
+  int64_t stop;
+  float eps;
+};
+
+Tensor one(const char* name, const Tensor& x, const char* weight_name, const std::optional<Tensor>& weight,
+           const char* bias_name, const std::optional<Tensor>& bias, const Options& o) {
+  const char* op = "qk_norm_rope";
+  const std::vector<int64_t> shape = shape_of(x);
+  PYVIDEO_CHECK(shape.size() == 4, op, ": `", name, "` must have 4 dimensions; got ", shape.size());
+  std::vector<float> weight_storage;
+  std::vector<float> bias_storage;
+  Args a;
+  a.x = rows_like(op, name, x, shape);
+  a.tokens = shape[1];
+  a.heads = shape[2];
+  a.head_dim = shape[3];
+  a.start = o.start;
+  a.stop = o.stop < 0 ? a.tokens : o.stop;
+  const std::vector<int64_t> table{shape[0], a.stop - a.start, a.heads, a.head_dim};
+  a.cos = table_rows("cos", o.cos, table);
+  a.sin = table_rows("sin", o.sin, table);
+  PYVIDEO_CHECK(a.cos.data == nullptr || a.head_dim % 2 == 0, op, ": `", name, "` must have an even head_dim");
+  a.norm = o.norm;
+  a.centre = o.centre;
+  a.interleaved = o.interleaved;
+  a.eps = o.eps;
+  const int64_t values = o.norm == Norm::across_heads ? a.heads * a.head_dim : a.head_dim;
+  a.weight = float_vector(op, weight_name, weight, values, weight_storage);
+  a.bias = float_vector(op, bias_name, bias, values, bias_storage);
+  Tensor out = new_contiguous(x);
+  a.out = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t width = a.heads * a.head_dim;
+  parallel_rows(shape[0] * a.tokens, width, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(width + 2 * a.head_dim));
+    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope(Tensor q, Tensor k, std::optional<Tensor> q_weight,
+                                        std::optional<Tensor> k_weight, std::optional<Tensor> q_bias,
+                                        std::optional<Tensor> k_bias, std::optional<Tensor> cos,
+                                        std::optional<Tensor> sin, std::string norm, std::string norm_type,
+                                        std::string layout, int64_t rotary_start, int64_t rotary_stop, double eps) {
+  const Norm kind = norm == "across_heads" ? Norm::across_heads : norm == "per_head" ? Norm::per_head : Norm::none;
+  const Options o{cos,
+                  sin,
+                  kind,
+                  norm_type == "layer",
+                  layout == "interleaved",
+                  rotary_start,
+                  rotary_stop,
+                  static_cast<float>(eps)};
+  Tensor new_q = one("q", q, "q_weight", q_weight, "q_bias", q_bias, o);
+  Tensor new_k = one("k", k, "k_weight", k_weight, "k_bias", k_bias, o);
+  return {new_q, new_k};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) {
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
+      "Tensor? cos, Tensor? sin, str norm, str norm_type, str layout, int rotary_start, int rotary_stop, float eps) "
+      "-> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvideo_native, CPU, m) { m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope)); }
+
+}  // namespace pyvideo
