@@ -270,9 +270,30 @@ def _guidance_step(
 
 
 def _unipc_inputs(shape: Any, dtype: Any, device: Any) -> dict[str, Any]:
-    sample, last, m0, m1 = (_rand(*shape, dtype=torch.float32, device=device) for _ in range(4))
+    sample, last, m0 = (_rand(*shape, dtype=torch.float32, device=device) for _ in range(3))
     cond, uncond = (_rand(*shape, dtype=dtype, device=device) for _ in range(2))
-    return {"sample": sample, "cond": cond, "uncond": uncond, "last_sample": last, "history": [m0, m1]}
+    return {
+        "sample": sample,
+        "cond": cond,
+        "uncond": uncond,
+        "last_sample": last,
+        "history": [m0],
+        "guidance_scale": 5.0,
+        "sigma": 0.8,
+        # A second-order step in the middle of a schedule.
+        "corrector": (0.97, 0.04, -0.01),
+        "predictor": (0.96, 0.09, -0.05),
+    }
+
+
+def _unipc_step(
+    sample: Tensor, cond: Tensor, uncond: Tensor, last_sample: Tensor, history: Any, corrector: Any, predictor: Any,
+    guidance_scale: float, sigma: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # The update's linear combinations alone; diffusers' step() adds a linear solve and scalar tensors to them.
+    x0 = sample - sigma * (uncond + guidance_scale * (cond - uncond))
+    corrected = corrector[0] * last_sample + corrector[1] * x0 + corrector[2] * history[0]
+    return predictor[0] * corrected + predictor[1] * x0 + predictor[2] * history[0], x0, corrected
 
 
 ENTRIES: dict[str, Entry] = {
@@ -301,5 +322,6 @@ ENTRIES: dict[str, Entry] = {
         Entry("rms_norm_silu", _VAE_GPU, _VAE_CPU, _vae_norm_inputs, _rms_norm_silu),
         Entry("causal_conv3d", _VAE_GPU, _VAE_CPU, _conv_inputs, _causal_conv3d, _conv_flops),
         Entry("guidance_step", _LATENT_GPU, _LATENT_CPU, _guidance_inputs, _guidance_step),
+        Entry("unipc_step", _LATENT_GPU, _LATENT_CPU, _unipc_inputs, _unipc_step),
     )
 }
