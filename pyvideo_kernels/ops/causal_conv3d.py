@@ -126,9 +126,7 @@ def causal_conv3d_cpu(
     adds a residual after rounding; both are avoided by calling oneDNN's entry point.
     """
     check_pad_mode(pad_mode)
-    supported = x.dtype == torch.float32 or (
-        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
         raise UnsupportedError(f"causal_conv3d: oneDNN does not take {x.dtype} here; use impl='reference'")
     if x.numel() == 0:

@@ -373,9 +373,7 @@ def test_modules_that_are_not_the_known_ones_are_left_and_work():
     assert_equal_to_1e5(decode(vae, z), stock)
     left = {name: entry["left"] for name, entry in report.to_dict()["modules"].items() if entry["left"]}
     assert left == {
-        "decoder.mid_block.resnets.0.conv2": {
-            "causal_conv3d": "it is a tests _Subclass, not a plain WanCausalConv3d"
-        },
+        "decoder.mid_block.resnets.0.conv2": {"causal_conv3d": "it is a tests _Subclass, not a plain WanCausalConv3d"},
         "decoder.norm_out": {"rms_norm_silu": "the norm has a bias"},
     }
 
