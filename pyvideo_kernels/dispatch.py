@@ -129,6 +129,13 @@ def order(op: Op, device: torch.device) -> tuple[str, ...]:
     return tuple(impl for impl in choices if impl in op.impls)
 
 
+_WHAT = {
+    "reference": "eager PyTorch",
+    "sdpa": "PyTorch's scaled_dot_product_attention",
+    "cpu": "C++, in the compiled extension",
+}
+
+
 def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, bool, str]]:
     """For each implementation in ``auto``'s order: would it be bound on ``device``, and why or why not."""
     rows = []
@@ -139,7 +146,7 @@ def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
             rows.append((impl, False, str(error)))
             continue
         if not _needs_check(impl):
-            rows.append((impl, True, "runs everywhere"))
+            rows.append((impl, True, _WHAT.get(impl, "built")))
         elif device.type == "cpu":
             rows.append((impl, True, "tested on this architecture"))
         else:
