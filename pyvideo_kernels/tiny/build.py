@@ -54,7 +54,7 @@ def build_pipeline(run: Path, name: str = "dit") -> Any:
     """The pipeline in float32, from what the run folder holds; a part not yet trained stays random."""
     from diffusers import WanPipeline
 
-    space = LatentSpace.load_or_fit(run / "latent_space.safetensors", Z_DIM)
+    space = LatentSpace.for_run(run, Z_DIM)
     weights = averaged(run, name)
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(len(tokenizer))

@@ -22,7 +22,7 @@ import torch
 
 from . import FRAMES, GUIDANCE_SCALE, HEIGHT, MODEL_DIR, STEPS, WIDTH
 from .checker import Reading, read
-from .clips import HELD_OUT_SCENES, TRAINING_SCENES, draw_scenes
+from .clips import HELD_OUT_SCENES, TRAINING_SCENES, draw_scenes, render
 from .grammar import Scene
 
 GATE = {"color": 0.95, "motion": 0.95, "background": 0.95, "shape": 0.80}
@@ -86,7 +86,7 @@ def draft_run(
 
     pipeline = build_pipeline(run, name)
     pipeline.set_progress_bar_config(disable=True)
-    space = LatentSpace.load(run / "latent_space.safetensors")
+    space = LatentSpace.for_run(run, pipeline.vae.config.z_dim)
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
         generators = [torch.Generator().manual_seed(seed * 10**6 + start + i) for i in range(len(part))]
@@ -103,16 +103,26 @@ def draft_run(
         yield from (space.draft(latents.float()).permute(0, 2, 3, 4, 1) + 1) / 2
 
 
-def load_pipeline(model: Path, ops: str) -> Any:
+def load_pipeline(model: Path, ops: str) -> tuple[Any, Any]:
+    """The pipeline and, with ``ops`` "on", the report of what was swapped."""
     from diffusers import WanPipeline
 
     pipeline = WanPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    if ops == "on":
-        from pyvideo_kernels import accelerate
+    if ops == "off":
+        return pipeline, None
+    from pyvideo_kernels import accelerate
 
-        accelerate(pipeline)
-    return pipeline
+    return pipeline, accelerate(pipeline)
+
+
+@torch.no_grad()
+def reconstruction_psnr(pipeline: Any, clips: int = 12, seed: int = 0) -> float:
+    """Peak signal-to-noise ratio in dB of new clips that went through encoder and decoder."""
+    generator = torch.Generator().manual_seed(seed)
+    video = render(draw_scenes(clips, generator), generator).video()
+    back = pipeline.vae.decode(pipeline.vae.encode(video).latent_dist.mode()).sample
+    return float(10 * torch.log10(4 / (back - video).square().mean()))
 
 
 def contact_sheet(clips: list[torch.Tensor], path: Path, columns: int = 4) -> None:
@@ -145,11 +155,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     scenes = choose_scenes(args.prompts, args.seed)
+    pipeline, report = None, None
     options = {"batch": args.batch, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
     if args.run:
         source = draft_run(args.run, args.name, scenes, **options)
     else:
-        source = generate(load_pipeline(args.model, args.ops), scenes, **options)
+        pipeline, report = load_pipeline(args.model, args.ops)
+        source = generate(pipeline, scenes, **options)
     started = time.monotonic()
     clips: list[torch.Tensor] = []
     readings: list[Reading] = []
@@ -167,6 +179,10 @@ def main(argv: list[str] | None = None) -> None:
         "seconds_per_clip": round((time.monotonic() - started) / len(scenes), 3),
     }
     result["passed"] = passes(result)
+    if pipeline is not None:
+        result["reconstruction_psnr_db"] = round(reconstruction_psnr(pipeline), 2)
+    if report is not None:
+        result["calls"] = report.calls()
     print(json.dumps(result, indent=2))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -20,6 +20,7 @@ from .clips import Clips, draw_scenes, render
 
 SPATIAL = 8
 TEMPORAL = 4
+SHIPPED = Path(__file__).with_name("latent_space.safetensors")
 _BLOCK = TEMPORAL * SPATIAL * SPATIAL
 
 
@@ -81,10 +82,15 @@ class LatentSpace:
         partial.replace(path)
 
     @classmethod
-    def load_or_fit(cls, path: Path, z_dim: int) -> LatentSpace:
-        """The space stored at ``path``; fitted and stored there on first use."""
+    def for_run(cls, run: Path, z_dim: int) -> LatentSpace:
+        """The space of a run folder; a new folder gets the shipped one, so that its parts fit the shipped ones.
+
+        A new one is fitted where the shipped one has another number of channels.
+        """
+        path = run / "latent_space.safetensors"
         if not path.exists():
-            cls.fit(z_dim).save(path)
+            shipped = cls.load(SHIPPED)
+            (shipped if shipped.z_dim == z_dim else cls.fit(z_dim)).save(path)
         return cls.load(path)
 
     def normalize(self, z: Tensor) -> Tensor:

@@ -162,7 +162,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="autocast; faster where the CPU has bf16 units")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     set_threads(args.threads)
     torch.manual_seed(args.seed)
-    space = LatentSpace.load_or_fit(args.run / "latent_space.safetensors", Z_DIM)
+    space = LatentSpace.for_run(args.run, Z_DIM)
     tokenizer = build_tokenizer()
     model = TextToLatent(len(tokenizer), num_layers=args.layers, num_attention_heads=args.heads).to(args.device)
     optimizers = build_optimizers(model, args.lr, args.muon_lr)
@@ -182,7 +181,6 @@ def main(argv: list[str] | None = None) -> None:
     schedule = Schedule(args.warmup, args.minutes * 60, args.decay_minutes * 60, args.steps)
     schedule.stop_on_signals()
     batches = Batches(space, tokenizer, args)
-    forward = torch.compile(model, dynamic=False) if args.compile else model
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, from step {step}", flush=True)
 
     saved, window, shown = time.monotonic(), [], time.monotonic()
@@ -190,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         generator = torch.Generator().manual_seed(args.seed * 10**9 + step)
         noisy, sigma, ids, mask, target, weight = (x.to(args.device) for x in batches(generator))
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            velocity = forward(noisy, sigma, ids, mask)
+            velocity = model(noisy, sigma, ids, mask)
         error = (velocity.float() - target).square()
         loss = (error * weight).mean()
         if not math.isfinite(loss.item()):

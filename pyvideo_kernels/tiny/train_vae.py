@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     set_threads(args.threads)
     torch.manual_seed(args.seed)
-    space = LatentSpace.load_or_fit(args.run / "latent_space.safetensors", Z_DIM)
+    space = LatentSpace.for_run(args.run, Z_DIM)
     half = Half(args.part, space).to(args.device)
     optimizers = build_optimizers(half, args.lr)
     folder = RunFolder(args.run / args.part, half, optimizers, args.ema)

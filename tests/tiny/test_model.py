@@ -39,6 +39,15 @@ def test_it_is_a_stock_pipeline(pipeline):
     assert index["_class_name"] == "WanPipeline" and "_name_or_path" not in index
 
 
+def test_the_shipped_latent_space_is_the_models(pipeline):
+    from pyvideo_kernels.tiny.latents import SHIPPED, LatentSpace
+
+    space, config = LatentSpace.load(SHIPPED), pipeline.vae.config
+    assert space.z_dim == config.z_dim == pipeline.transformer.config.in_channels
+    torch.testing.assert_close(space.latents_mean, torch.tensor(config.latents_mean))
+    torch.testing.assert_close(space.latents_std, torch.tensor(config.latents_std))
+
+
 def test_the_example_sentence_makes_its_clip(pipeline):
     frames = pipeline(
         EXAMPLE,
