@@ -18,10 +18,11 @@ from pyvideo_kernels.testing.compare import Mismatch, assert_close
 from .helpers import Float64, instance_dicts
 
 KINDS = ("2.1", "2.2")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton is interpreted on the CPU
 VAE_OPS = {"rms_norm_silu", "causal_conv3d"}
 
 
-def tiny(kind="2.1", seed=0):
+def tiny(kind="2.1", seed=0, **changes):
     """Two up- and downsamplings in time and space, one residual block each, every kind of module."""
     torch.manual_seed(seed)
     config = {
@@ -37,7 +38,7 @@ def tiny(kind="2.1", seed=0):
     if kind == "2.2":
         config |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
                    "scale_factor_spatial": 8}  # fmt: skip
-    vae = AutoencoderKLWan(**config).eval()
+    vae = AutoencoderKLWan(**{**config, **changes}).eval()
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if "gamma" in name:  # fresh ones would hide a dropped weight
@@ -133,6 +134,14 @@ def test_every_implementation_gives_the_same_clip():
     report = pv.accelerate(vae, impl="reference")
     assert_equal_to_1e5(decode(vae, z), stock)
     assert {impl for impls in report.calls().values() for impl in impls} == {"reference"}
+
+
+def test_the_triton_kernels_decode():
+    vae, z = tiny(dim_mult=[1, 2], temperal_downsample=[True]).to(DEVICE), latents(2, 1, 1).to(DEVICE)
+    exact, stock = truth(decode, vae, z), decode(vae, z)
+    report = pv.accelerate(vae, impl="triton", strict=True)
+    assert_close(decode(vae, z), exact, stock)
+    assert {impl for impls in report.calls().values() for impl in impls} == {"triton"}
 
 
 @pytest.mark.parametrize("op", sorted(VAE_OPS))
