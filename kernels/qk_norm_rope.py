@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,79 +10,9 @@ from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs import qk_norm_rope as configs
 from pyvideo_kernels.errors import UnsupportedError
 
-from .launch import cdiv, on_device
-
-
-@triton.jit
-def _split_pairs(tile, BLOCK_HALF: tl.constexpr):
-    """The even and the odd elements of the last dimension, from registers: neighbours share a thread."""
-    return tl.split(tl.reshape(tile, [tile.shape[0], BLOCK_HALF, 2]))
-
-
-@triton.jit
-def _load_pairs(ptr, rows, row_mask, half, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The first and second members of all pairs of some rows (offsets ``rows``) as two fp32 tiles [rows, half]."""
-    if HALF_LAYOUT:
-        cols = tl.arange(0, BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < half)[None, :]
-        at = ptr + rows[:, None] + cols[None, :]
-        a = tl.load(at, mask=mask, other=0.0)
-        b = tl.load(at + half, mask=mask, other=0.0)
-    elif rows.shape[0] == 1:
-        # A row that all heads share: each thread loads just its own few, already where the arithmetic wants them.
-        cols = tl.arange(0, BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < half)[None, :]
-        a = tl.load(ptr + rows[:, None] + (2 * cols)[None, :], mask=mask, other=0.0)
-        b = tl.load(ptr + rows[:, None] + (2 * cols + 1)[None, :], mask=mask, other=0.0)
-    else:
-        # Both members in one wide load; de-interleaved in registers, strided loads would be two bytes each.
-        cols = tl.arange(0, 2 * BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < 2 * half)[None, :]
-        a, b = _split_pairs(tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=0.0), BLOCK_HALF)
-    return a.to(tl.float32), b.to(tl.float32)
-
-
-@triton.jit
-def _load_table(ptr, rows, row_mask, half, ODD: tl.constexpr, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """One value a pair: the first half of a half table, the even or the odd entries of an interleaved one."""
-    cols = tl.arange(0, BLOCK_HALF)
-    mask = row_mask[:, None] & (cols < half)[None, :]
-    if HALF_LAYOUT:
-        out = tl.load(ptr + rows[:, None] + cols[None, :], mask=mask, other=0.0)
-    elif rows.shape[0] == 1:
-        out = tl.load(ptr + rows[:, None] + (2 * cols + ODD)[None, :], mask=mask, other=0.0)
-    else:
-        wide = tl.arange(0, 2 * BLOCK_HALF)
-        mask = row_mask[:, None] & (wide < 2 * half)[None, :]
-        even, odd = _split_pairs(tl.load(ptr + rows[:, None] + wide[None, :], mask=mask, other=0.0), BLOCK_HALF)
-        out = odd if ODD else even
-    return out.to(tl.float32)
-
-
-@triton.jit
-def _store_pairs(ptr, rows, row_mask, half, a, b, HALF_LAYOUT: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    dtype: tl.constexpr = ptr.dtype.element_ty
-    if HALF_LAYOUT:
-        cols = tl.arange(0, BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < half)[None, :]
-        at = ptr + rows[:, None] + cols[None, :]
-        tl.store(at, a.to(dtype), mask=mask)
-        tl.store(at + half, b.to(dtype), mask=mask)
-    else:
-        cols = tl.arange(0, 2 * BLOCK_HALF)
-        mask = row_mask[:, None] & (cols < 2 * half)[None, :]
-        y = tl.reshape(tl.join(a.to(dtype), b.to(dtype)), [a.shape[0], 2 * BLOCK_HALF])
-        tl.store(ptr + rows[:, None] + cols[None, :], y, mask=mask)
-
-
-@triton.jit
-def _mean(a, b, n, WHOLE_ROW: tl.constexpr):
-    """Mean over the pairs of a row, or of all rows (padding must be zero); broadcasts over [rows, half]."""
-    total = tl.sum(a + b, 1)
-    if WHOLE_ROW:
-        return tl.sum(total, 0) / n
-    else:
-        return (total / n)[:, None]
+from .launch import cdiv, on_device, refuse_float64
+from .pairs import four_dims, load_pairs, load_table, mean_of_pairs, store_pairs, table_strides
+from .qk_norm_rope_backward import qk_norm_rope_backward as qk_norm_rope_backward  # the backward op's home is here
 
 
 @triton.jit
@@ -103,34 +32,34 @@ def _one_token(
     head64 = head.to(tl.int64)
     WHOLE_ROW: tl.constexpr = NORM == 2
     # Every load is issued before the first reduction, whose barriers the compiler moves no load across.
-    x, y = _load_pairs(x_ptr + b * x_b + s * x_s, head64 * x_h, head_mask, half, HALF_LAYOUT, BLOCK_HALF)
+    x, y = load_pairs(x_ptr + b * x_b + s * x_s, head64 * x_h, head_mask, half, HALF_LAYOUT, BLOCK_HALF)
     one = tl.zeros([1], tl.int64)
     if WHOLE_ROW:
         at, at_mask = head64 * head_dim, head_mask
     else:
         at, at_mask = one, one == 0
     if weight_ptr is not None:
-        wx, wy = _load_pairs(weight_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF)
+        wx, wy = load_pairs(weight_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF)
     if bias_ptr is not None:
-        bx, by = _load_pairs(bias_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF)
+        bx, by = load_pairs(bias_ptr, at, at_mask, half, HALF_LAYOUT, BLOCK_HALF)
     if cos_ptr is not None:
         rotated = (s >= start) & (s < stop)
         cos_at = cos_ptr + b * cos_b + (s - start) * cos_s
         sin_at = sin_ptr + b * sin_b + (s - start) * sin_s
         if TABLE_HEADS:
-            cos = _load_table(cos_at, head64 * cos_h, head_mask & rotated, half, 0, HALF_LAYOUT, BLOCK_HALF)
-            sin = _load_table(sin_at, head64 * sin_h, head_mask & rotated, half, 1, HALF_LAYOUT, BLOCK_HALF)
+            cos = load_table(cos_at, head64 * cos_h, head_mask & rotated, half, 0, HALF_LAYOUT, BLOCK_HALF)
+            sin = load_table(sin_at, head64 * sin_h, head_mask & rotated, half, 1, HALF_LAYOUT, BLOCK_HALF)
         else:
-            cos = _load_table(cos_at, one, (one == 0) & rotated, half, 0, HALF_LAYOUT, BLOCK_HALF)
-            sin = _load_table(sin_at, one, (one == 0) & rotated, half, 1, HALF_LAYOUT, BLOCK_HALF)
+            cos = load_table(cos_at, one, (one == 0) & rotated, half, 0, HALF_LAYOUT, BLOCK_HALF)
+            sin = load_table(sin_at, one, (one == 0) & rotated, half, 1, HALF_LAYOUT, BLOCK_HALF)
     if NORM != 0:
         n = heads * head_dim if WHOLE_ROW else head_dim
         if LAYER:
-            mean = _mean(x, y, n, WHOLE_ROW)
+            mean = mean_of_pairs(x, y, n, WHOLE_ROW)
             inside = head_mask[:, None] & (tl.arange(0, BLOCK_HALF) < half)[None, :]
             x = tl.where(inside, x - mean, 0.0)
             y = tl.where(inside, y - mean, 0.0)
-        rstd = tl.rsqrt(_mean(x * x, y * y, n, WHOLE_ROW) + eps)
+        rstd = tl.rsqrt(mean_of_pairs(x * x, y * y, n, WHOLE_ROW) + eps)
         x = x * rstd
         y = y * rstd
         if weight_ptr is not None:
@@ -145,7 +74,7 @@ def _one_token(
     if FENCE:
         # In place, on a tile with fewer elements than threads could hold: several threads read one element.
         tl.debug_barrier()
-    _store_pairs(out_ptr + b * out_b + s * out_s, head64 * out_h, head_mask, half, x, y, HALF_LAYOUT, BLOCK_HALF)
+    store_pairs(out_ptr + b * out_b + s * out_s, head64 * out_h, head_mask, half, x, y, HALF_LAYOUT, BLOCK_HALF)
 
 
 @triton.jit
@@ -180,14 +109,6 @@ def _qk_norm_rope_fwd_kernel(
             )  # fmt: skip
 
 
-def _table_strides(table: Tensor | None) -> tuple[int, int, int]:
-    """Batch, token and head strides of a ``[1 or B, S_rot, 1 or heads, head_dim]`` table; 0 where it is broadcast."""
-    if table is None:
-        return 0, 0, 0
-    b, s, h, _ = table.stride()
-    return (b if table.shape[0] > 1 else 0, s, h if table.shape[2] > 1 else 0)
-
-
 def launch_fwd(
     q: Tensor,
     k: Tensor,
@@ -219,7 +140,7 @@ def launch_fwd(
         _qk_norm_rope_fwd_kernel[(2 * max(programs),)](
             q, *q.stride()[:3], q_out, *q_out.stride()[:3], q_weight, q_bias,
             k, *k.stride()[:3], k_out, *k_out.stride()[:3], k_weight, k_bias,
-            cos, *_table_strides(cos), sin, *_table_strides(sin),
+            cos, *table_strides(cos), sin, *table_strides(sin),
             *programs, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], start, stop, eps,
             NORM=("none", "per_head", "across_heads").index(norm), LAYER=norm_type == "layer",
             HALF_LAYOUT=layout == "half",
@@ -244,8 +165,7 @@ def _launch(
     stop: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if q.dtype == torch.float64:
-        raise UnsupportedError("qk_norm_rope: float64 would be computed in fp32 by impl 'triton'; use impl='reference'")
+    refuse_float64("qk_norm_rope", q, *vectors)
     if q.shape[3] % 2:
         raise UnsupportedError(
             f"qk_norm_rope: an odd head_dim ({q.shape[3]}) has no Triton kernel; use impl='reference'"
@@ -279,7 +199,7 @@ def qk_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """``impl="triton"`` of the op."""
-    cos, sin = (t[None, :, None, :] if t is not None and t.dim() == 2 else t for t in (cos, sin))
+    cos, sin = four_dims(cos), four_dims(sin)
     vectors = (q_weight, k_weight, q_bias, k_bias)
     return _launch(q, k, None, vectors, cos, sin, norm, norm_type, layout, rotary_start, rotary_stop, eps)
 
@@ -301,6 +221,6 @@ def qk_norm_rope_(
     eps: float,
 ) -> None:
     """``impl="triton"`` of the in-place op: a program reads all that its statistics need before it writes."""
-    cos, sin = (t[None, :, None, :] if t is not None and t.dim() == 2 else t for t in (cos, sin))
+    cos, sin = four_dims(cos), four_dims(sin)
     vectors = (q_weight, k_weight, q_bias, k_bias)
     _launch(q, k, (q, k), vectors, cos, sin, norm, norm_type, layout, rotary_start, rotary_stop, eps)

@@ -252,7 +252,7 @@ def _backward_row(op: Op) -> Op:
 
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
 # Backwards with a Triton kernel: listed here, the rest run the closed form in torch.
-_TRITON_BACKWARDS: tuple[str, ...] = ("layer_norm_modulate", "rms_norm")
+_TRITON_BACKWARDS: tuple[str, ...] = ("layer_norm_modulate", "rms_norm", "qk_norm_rope")
 
 
 def _register_autograd(op: Op) -> None:

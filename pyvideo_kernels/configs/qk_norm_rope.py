@@ -50,3 +50,8 @@ def select(arch: str, *, heads: int, head_dim: int, whole_row: bool) -> Config:
     # More threads than pairs in a head: the compiler then loads a row that heads share in the layout of its use,
     # where it otherwise goes through shared memory and two barriers.
     return Config(block_heads, block_half, min(16, max(num_warps, 2 * block_half // threads)))
+
+
+def tokens_per_chunk(arch: str) -> int:
+    """Tokens that one program of the backward walks over: its row of weight gradients is written once for them."""
+    return 2 if arch == "cpu" else 32

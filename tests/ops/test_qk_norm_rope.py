@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import pyvideo_kernels as pv
+from pyvideo_kernels import dispatch
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
@@ -33,6 +34,25 @@ def test_matches_float64(impl, device, dtype):
 @pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations("qk_norm_rope_"))
 def test_in_place_matches_float64(impl, device, dtype):
     helpers.check_implementation("qk_norm_rope_", impl, device, dtype)
+
+
+@pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME + "_backward"))
+def test_backward_matches_float64(impl, device, dtype):
+    helpers.check_implementation(NAME + "_backward", impl, device, dtype)
+
+
+def test_explicit_impl_is_kept_in_backward():
+    q, k, *rest = (t.to(helpers.DEVICE) for t in inputs())
+    key = NAME + "_backward", "triton"
+    before = dispatch.calls().get(key, 0)
+    q.requires_grad_()
+    out, _ = pv.qk_norm_rope(q, k, *rest, impl="triton")
+    out.sum().backward()  # its gradient has stride 0, and k has none
+    expected = q.grad.clone()
+    q.grad = None
+    pv.qk_norm_rope(q, k, *rest, impl="reference")[0].sum().backward()
+    torch.testing.assert_close(q.grad, expected)
+    assert dispatch.calls()[key] == before + 1
 
 
 def test_contract():
