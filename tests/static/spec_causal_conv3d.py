@@ -16,20 +16,24 @@ def _conv(x, out, kernel, cached, residual=False, stride=(1, 1, 1), dtype=torch.
     causal_conv3d(meta(x, dtype), weight, meta((out,), dtype), cache, stride, "zeros", after)
 
 
-def _case(name, *args, tma=True, **options):
-    return Case(name, partial(_conv, *args, **options), matrix=True, tma=tma)
+# One architecture a variant: pointers, descriptors, MFMA.
+_FEW = ("sm_80", "sm_90", "gfx942")
+
+
+def _case(name, *args, tma=True, archs=None, **options):
+    return Case(name, partial(_conv, *args, **options), matrix=True, tma=tma, archs=archs)
 
 
 CASES = [
     _case("wan-96-480p", (1, 4, 480, 832, 96), 96, (3, 3, 3), 2, residual=True),
     _case("wan-192-240p", (1, 4, 240, 416, 192), 192, (3, 3, 3), 2, residual=True),
     _case("wan-384-60p", (1, 1, 60, 104, 384), 384, (3, 3, 3), 2, residual=True),
-    _case("wan-384-first-frame", (1, 1, 60, 104, 384), 384, (3, 3, 3), 0),
-    _case("wan-time-downsample", (1, 3, 120, 208, 192), 192, (3, 1, 1), 2, stride=(2, 1, 1)),
-    _case("wan-conv-in-16", (1, 1, 60, 104, 16), 384, (3, 3, 3), 2),
+    _case("wan-384-first-frame", (1, 1, 60, 104, 384), 384, (3, 3, 3), 0, archs=_FEW),
+    _case("wan-time-downsample", (1, 3, 120, 208, 192), 192, (3, 1, 1), 2, stride=(2, 1, 1), archs=_FEW),
+    _case("wan-conv-in-16", (1, 1, 60, 104, 16), 384, (3, 3, 3), 2, archs=_FEW),
     # Three channels are no multiple of 16 bytes, which descriptors need.
     _case("wan-conv-out-3", (1, 4, 480, 832, 96), 3, (3, 3, 3), 2),
-    _case("wan-conv-in-3", (1, 4, 480, 832, 3), 96, (3, 3, 3), 2, tma=False),
-    _case("wan-shortcut-1x1", (1, 4, 120, 208, 192), 384, (1, 1, 1), 0),
+    _case("wan-conv-in-3", (1, 4, 480, 832, 3), 96, (3, 3, 3), 2, tma=False, archs=_FEW),
+    _case("wan-shortcut-1x1", (1, 4, 120, 208, 192), 384, (1, 1, 1), 0, archs=_FEW),
     _case("wan-96-float32", (1, 4, 480, 832, 96), 96, (3, 3, 3), 2, residual=True, dtype=torch.float32),
 ]
