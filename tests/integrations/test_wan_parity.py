@@ -67,6 +67,17 @@ def test_dense_attention_needs_the_grid_and_gets_it(impl):
         assert all(set(impls) == {"reference"} for impls in report.calls().values())
 
 
+@pytest.mark.parametrize("name", ["2.1", "ti2v"])
+def test_every_triton_kernel_in_the_model(name):
+    """On a CPU in Triton's interpreter, on a GPU compiled: the strides and shapes that a model really passes."""
+    model, arguments = CASES[name]()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = {key: value.to(device) for key, value in arguments.items()}
+    report = check(model.to(device), arguments, impl="triton", attention="dense", strict=True)
+    assert used(report) == WAN_OPS | {"spacetime_attention"} and not report.fallbacks()
+    assert all(set(impls) == {"triton"} for impls in report.calls().values())
+
+
 @pytest.mark.parametrize("op", sorted(WAN_OPS))
 def test_one_op_alone(op):
     """Each op can be had alone, and nothing else runs then."""
