@@ -118,6 +118,10 @@ def _sample(given: dict[str, Any], config: str | None, reporter: Reporter) -> No
         raise UsageError("give a PROMPT or --prompts FILE.jsonl, not both")
     if not prompts and not options.get("prompt"):
         raise UsageError('say what the film shall show: pyvideo sample "a red ball moves left on a black background"')
+    if stats:
+        from .stats import check_stats, write_stats
+
+        check_stats(Path(stats))
     films = _films(options, prompts)
     sampler = Sampler(films[0][1], reporter=reporter)
     plans = []
@@ -150,8 +154,6 @@ def _sample(given: dict[str, Any], config: str | None, reporter: Reporter) -> No
         raise
     finally:
         if stats and runs:
-            from .stats import write_stats
-
             write_stats(Path(stats), runs)
     typer.echo(str(done[-1]))
 

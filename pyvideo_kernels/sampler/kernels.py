@@ -41,6 +41,7 @@ def check(ops: str | Iterable[str], attention: str | None, impl: str, device: to
     Raises:
         UsageError, DeviceError: names the remedy.
     """
+    wanted = _chosen(ops)
     from ..integrations import _ATTENTIONS
 
     if attention not in _ATTENTIONS:
@@ -48,16 +49,24 @@ def check(ops: str | Iterable[str], attention: str | None, impl: str, device: to
         raise UsageError(f"--attention must be one of {there} (left out: the model's own); got {attention!r}")
     if impl == "auto":
         return
-    for name in _chosen(ops):
-        if impl in OPS[name].impls:
-            dispatch.check_runs_on(OPS[name], impl, device)
+    have = [name for name in wanted if impl in OPS[name].impls]
+    for name in have:
+        dispatch.check_runs_on(OPS[name], impl, device)
+    # What a run never calls need not be there: updates in place, and attention that stays the model's own.
+    idle = {"qk_norm_rope_"} | ({"spacetime_attention"} if attention is None else set())
+    lacking = [name for name in wanted if impl not in OPS[name].impls and name not in idle]
+    if lacking:
+        remedy = f"add --ops {','.join(have)}, or --impl auto" if have else "use --impl auto"
+        raise UsageError(f"--impl {impl}: {', '.join(lacking)} cannot run so; {remedy}")
 
 
 def binding(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[tuple[str, bool, str]]]:
     """The implementation ``auto`` would try first and can have, and the whole walk with reasons."""
     rows = []
     for impl, usable, why in dispatch.explain(OPS[name], device, dtype):
-        if impl in ("cpu", "cuda"):
+        if impl == "cpu" and not _is_native(name, impl):
+            why = "PyTorch's oneDNN"
+        elif impl in ("cpu", "cuda"):
             # The compiled kernels are bound lazily: that a function is there does not say that they were built.
             try:
                 _native.op(name, impl)
@@ -65,6 +74,10 @@ def binding(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, l
                 usable, why = False, str(error)
         rows.append((impl, usable, why))
     return next((impl for impl, usable, _ in rows if usable), "none"), rows
+
+
+def _is_native(name: str, impl: str) -> bool:
+    return OPS[name].impls[impl].startswith(f"{_native.__name__}:")
 
 
 def summary(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ Reads diffusers and PEFT names (``transformer.blocks.0.attn1.to_q.lora_A.weight`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..error_types import ModelError
+from .modeldir import Model, shapes_in, weight_names
 
 _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "lora_unet_", "lora_transformer_")
 _KINDS = {
@@ -57,6 +58,36 @@ def names_of(module: str) -> list[str]:
     return list(dict.fromkeys([*dotted, *(name.replace(".", "_") for name in dotted)]))
 
 
+def check(model: Model, path: Path) -> None:
+    """Refuse a torn file and keys that ``model`` has no place for, before any weight is read.
+
+    Raises:
+        ModelError: what has no place; ``fold`` says the same of what only the loaded weights show.
+    """
+    try:
+        keys = list(shapes_in(path))
+    except (OSError, ValueError) as error:
+        raise _torn(path, error) from None
+    tables: dict[str, dict[str, str]] = {"": {}, "transformer_2.": {}}
+    for prefix, component in (("", "transformer"), ("transformer_2.", "transformer_2")):
+        if component in model.parameters:
+            weights = (key for key in weight_names(model, component) if key.endswith(".weight"))
+            modules = (key.removesuffix(".weight") for key in weights)
+            tables[prefix] = {alias: name for name in modules for alias in names_of(name)}
+    _check_places(path, [key for key in keys if _place(key, tables) is None], empty=not keys)
+
+
+def _torn(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"--lora {path} is not a whole safetensors file ({error}); download it again")
+
+
+def _check_places(path: Path, unknown: list[str], *, empty: bool) -> None:
+    if unknown or empty:
+        some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        why = f"it has no place for {some}" if unknown else "the file is empty"
+        raise ModelError(f"--lora {path} does not fit this model: {why}; use a LoRA that was made for it")
+
+
 @torch.no_grad()
 def fold(pipe: Any, path: Path, scale: float) -> int:
     """Fold a LoRA file into ``pipe.transformer`` (``transformer_2.`` keys into the second); the modules it changed.
@@ -78,11 +109,8 @@ def fold(pipe: Any, path: Path, scale: float) -> int:
                 else:
                     found.setdefault(place[:2], {})[place[2]] = file.get_tensor(key)
     except SafetensorError as error:
-        raise ModelError(f"--lora {path} is not a whole safetensors file ({error}); download it again") from None
-    if unknown or not found:
-        some = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        why = f"it has no place for {some}" if unknown else "the file is empty"
-        raise ModelError(f"--lora {path} does not fit this model: {why}; use a LoRA that was made for it")
+        raise _torn(path, error) from None
+    _check_places(path, unknown, empty=not found)
     changes: list[tuple[Any, Tensor | None, Tensor | None]] = []
     for (which, name), parts in found.items():
         target = tables[which][name]
@@ -105,7 +133,7 @@ def _table(transformer: nn.Module | None) -> dict[str, nn.Module]:
     return table
 
 
-def _place(key: str, tables: dict[str, dict[str, nn.Module]]) -> tuple[str, str, str] | None:
+def _place(key: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, str] | None:
     suffix = next((suffix for suffix in _KINDS if key.endswith("." + suffix)), None)
     if suffix is None:
         return None

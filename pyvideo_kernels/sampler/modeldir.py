@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -171,28 +172,34 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     raise ModelError(f"{folder} holds no .safetensors weights; give a complete diffusers pipeline")
 
 
-def _count(path: Path) -> int:
-    """Parameters in a safetensors file, from its header."""
+def weight_names(model: Model, component: str) -> set[str]:
+    """Names of the tensors in a component's files."""
+    assert model.path is not None
+    return {key for file in _weight_files(model.path / component) for key in shapes_in(file)}
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor in a safetensors file, from its header; ValueError or OSError for a torn one."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > 100_000_000:
                 raise ValueError("the header is longer than the format allows")
             header = json.loads(file.read(length))
-        total = 0
-        end = 0
-        for key, tensor in header.items():
-            if key == "__metadata__":
-                continue
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            total += count
-            end = max(end, tensor["data_offsets"][1])
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if path.stat().st_size < 8 + length + end:
             raise ValueError("the file is shorter than its header says")
-        return total
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return {key: [int(size) for size in tensor["shape"]] for key, tensor in header.items()}
+    except (AttributeError, KeyError, TypeError, struct.error) as error:
+        raise ValueError(f"its header is damaged: {error}") from error
+
+
+def _count(path: Path) -> int:
+    """Parameters in a safetensors file."""
+    try:
+        return sum(math.prod(shape) for shape in shapes_in(path).values())
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path} is not a whole safetensors file ({error}); download or save the model again"
         ) from None

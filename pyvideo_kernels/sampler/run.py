@@ -121,6 +121,10 @@ class Sampler:
                 )
         if not s.eager:
             kernels.check(kernels.op_names(s.ops), s.attention, s.impl, self.device)
+        if s.lora is not None and not self._given:
+            from .lora import check
+
+            check(self.model, lora_file(s.lora)[0])
         self._ready = True
         self.seconds["start"] = time.perf_counter() - started
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from .problems import OutputError
-from .video import write_bytes
+from .video import check_folder, write_bytes
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "av", "numpy")
 
@@ -37,6 +37,13 @@ def peak_memory(device: Any) -> int | None:
     except ImportError:  # not on Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_stats(path: Path) -> None:
+    """Refuse a stats file that cannot be written, before there are any."""
+    if path.is_dir():
+        raise OutputError(f"--stats {path} is a folder; name a file in it")
+    check_folder(path.parent, "stats")
 
 
 def write_stats(path: Path, runs: list[dict[str, Any]]) -> Path:

@@ -74,14 +74,19 @@ def check_output(path: str | Path) -> str:
             raise OutputError(f"--output {target} holds other files; name a new folder for the PNGs")
     elif target.is_dir():
         raise OutputError(f"--output {target} is a folder; name a file in it")
-    folder = target.parent
+    check_folder(target.parent, "output")
+    return pick_codec(kind)[0] if kind in _CODECS else kind[1:]
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder, and see that files can be made in it; OutputError names the option it came from."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror or error}); choose another --output") from None
-    return pick_codec(kind)[0] if kind in _CODECS else kind[1:]
+        why = error.strerror or error
+        raise OutputError(f"{folder} cannot be written ({why}); choose another --{option}") from None
 
 
 def _is_frame(name: str) -> bool:
@@ -214,6 +219,9 @@ def _write_av(path: Path, images: Iterator[Any], kind: str, fps: float, text: st
                 # 4:2:0 needs even sizes: the last row or column is repeated where one is missing.
                 image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
                 if stream is None:
+                    if codec == "libx264" and min(image.shape[:2]) < 64:
+                        # Its macroblock tree reads past frames of a few blocks: another file each time.
+                        options = options | {"x264-params": "mbtree=0"}
                     stream = container.add_stream(codec, rate=rate, options=dict(options))
                     stream.height, stream.width = image.shape[:2]
                     stream.pix_fmt = "yuv420p"

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pyvideo_kernels.sampler import film, loading, loop, video
+from pyvideo_kernels.sampler import doctor, film, loading, loop, video
 from pyvideo_kernels.sampler.cli import app
 from pyvideo_kernels.sampler.video import read_metadata
 
@@ -187,10 +188,15 @@ def test_euler_dtype_and_unknown_words(model_dir: Path, tmp_path: Path) -> None:
 # What goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_each_mistake_has_its_sentence_and_its_code(model_dir: Path, tmp_path: Path) -> None:
+def test_each_mistake_has_its_sentence_and_its_code(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = ("--model", model_dir, "-o", tmp_path / "a.mp4")
     (tmp_path / "w.pt").touch()
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "torn.safetensors").write_text("torn")
+    save_file({"transformer.blocks.9.x.lora_A.weight": torch.ones(2, 2)}, str(tmp_path / "l.safetensors"))
+    monkeypatch.setattr(loading, "load_pipeline", lambda *a, **k: pytest.fail("loaded"))
     for code, wanted, args in (
         (2, "say what the film shall show", ()),
         (2, "the prompt is empty", (" ", *model)),
@@ -203,6 +209,10 @@ def test_each_mistake_has_its_sentence_and_its_code(model_dir: Path, tmp_path: P
         (2, "makes films from text alone", (PROMPT, *model, "--image", tmp_path / "notes.txt")),
         (2, "only safetensors is ever loaded", (PROMPT, *model, "--lora", tmp_path / "w.pt")),
         (2, "does not exist", (PROMPT, *model, "--config", tmp_path / "none.yaml")),
+        (3, "has no place for transformer.blocks.9.x", (PROMPT, *model, "--lora", tmp_path / "l.safetensors")),
+        (3, "is not a whole safetensors file", (PROMPT, *model, "--lora", tmp_path / "torn.safetensors")),
+        (5, "choose another --stats", (PROMPT, *model, "--stats", tmp_path / "w.pt" / "s.json")),
+        (5, "is a folder; name a file in it", (PROMPT, *model, "--stats", tmp_path)),
         (3, "there is no such directory", (PROMPT, "--model", tmp_path / "none")),
         (3, "is not a diffusers pipeline", (PROMPT, "--model", tmp_path)),
         (3, "did you mean 'tiny'", (PROMPT, "--model", "tinny")),
@@ -214,6 +224,11 @@ def test_each_mistake_has_its_sentence_and_its_code(model_dir: Path, tmp_path: P
     if not torch.cuda.is_available():
         assert "use --device cpu" in fails(PROMPT, *model, "--device", "cuda", code=2)
         assert "needs CUDA tensors" in fails(PROMPT, *model, "--impl", "cuda", code=2)
+    # An explicit implementation never falls back: what cannot run so is named before loading, with what can.
+    cpu = (PROMPT, *model, "--device", "cpu", "--impl", "cpu")
+    sentence = fails(*cpu, code=2)
+    assert "--impl cpu: patch_embed3d, final_layer, unipc_step cannot run so; add --ops layer_norm_mod" in sentence
+    assert "final_layer cannot run so; use --impl auto" in fails(*cpu, "--ops", "final_layer", code=2)
     assert not (tmp_path / "a.mp4").exists()
     assert CliRunner().invoke(app, ["sample", PROMPT, "--stepps", "3"]).exit_code == 2
 
@@ -346,6 +361,9 @@ def test_doctor_says_what_each_op_binds() -> None:
     assert torch.__version__ in out and ("built" if _native.available() else _native.why_not()[:20]) in out
     for name in OPS:
         assert name.endswith("_backward") or name in out
+    conv = doctor.facts()["ops"]["causal_conv3d"]
+    if not torch.cuda.is_available():
+        assert conv["binds"] == "cpu" and conv["why"][0]["why"] == "PyTorch's oneDNN"
 
 
 def test_help_and_mistakes_cost_no_torch(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from pyvideo_kernels.error_types import ModelError
-from pyvideo_kernels.sampler.lora import fold, names_of
+from pyvideo_kernels.sampler.lora import check, fold, names_of
+from pyvideo_kernels.sampler.modeldir import read_model
 
 MODULES = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj", "proj_out")
 
@@ -64,6 +65,16 @@ def test_every_spelling_lands_on_the_same_weights(tmp_path: Path, target: Any, s
     for name, parameter in before.named_parameters():
         if name.removesuffix(".weight") not in MODULES:
             assert torch.equal(parameter, target.transformer.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya"])
+def test_keys_are_checked_by_the_headers_alone(tmp_path: Path, model_dir: Path, target: Any, spelling: str) -> None:
+    model = read_model(model_dir)
+    check(model, written(tmp_path / "l.safetensors", target, spelling))
+    for name in ("transformer_2.proj_out.diff", "blocks.0.attn1.to_x.diff"):
+        save_file({"proj_out.diff": torch.ones(16, 32), name: torch.ones(1)}, str(tmp_path / "l.safetensors"))
+        with pytest.raises(ModelError, match=f"it has no place for {name};"):
+            check(model, tmp_path / "l.safetensors")
 
 
 def test_original_names_are_wans() -> None:

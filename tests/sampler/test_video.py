@@ -83,8 +83,8 @@ def test_a_folder_of_pngs_is_exact(tmp_path: Path, name: str) -> None:
 
 def test_the_same_film_is_the_same_file(tmp_path: Path) -> None:
     for suffix in (".mp4", ".webm", ".gif"):
-        a, b = (write_video(tmp_path / f"{n}{suffix}", film(), 8, META).read_bytes() for n in "ab")
-        assert a == b, suffix
+        files = {write_video(tmp_path / f"{n}{suffix}", film(), 8, META).read_bytes() for n in range(12)}
+        assert len(files) == 1, suffix
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webm", "a"])
