@@ -197,7 +197,8 @@ def qk_norm_rope_backward(
                 q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], q.shape[1], k.shape[1], q.shape[2], k.shape[2],
                 q.shape[3], rotary_start, q.shape[1] if rotary_stop < 0 else rotary_stop, eps, **constants,
                 Q_BLOCK=q_config.block_heads, K_BLOCK=k_config.block_heads, BLOCK_HALF=q_config.block_half, CHUNK=chunk,
-                num_warps=max(q_config.num_warps, k_config.num_warps),
+                # Twice the forward's: the sums are as many registers again.
+                num_warps=min(16, 2 * max(q_config.num_warps, k_config.num_warps)),
             )  # fmt: skip
     every: list[tuple[Tensor | None, Tensor | None]] = [
         (dq, q), (dk, k), (q_sums[0], q_weight), (k_sums[0], k_weight), (q_sums[1], q_bias), (k_sums[1], k_bias),

@@ -32,11 +32,11 @@ def select(arch: str, *, features: int, itemsize: int, folded: bool) -> Config:
     width = 1 << max(features - 1, 15).bit_length()
     if itemsize == 4:
         # fp32 products run on the ordinary units.
-        return Config(folded, 32, min(width, 64), 32, 4, 2)
+        return Config(folded, 32, min(width, 64), 32, 8, 2)
     if folded:
         return Config(folded, 128, min(width, 64), 64, 8, 3)
     amd, block_n = arch.startswith("gfx"), min(width, 256)
     # On AMD a 64 × 256 tile has more lane masks than scalar registers.
     block_m = 32 if amd and block_n > 128 else 64
-    num_warps = max(4, block_m * block_n // (32 * (64 if amd else 32)))
+    num_warps = max(4, block_m * block_n // (32 * 32))
     return Config(folded, block_m, block_n, 32, num_warps, 2)
