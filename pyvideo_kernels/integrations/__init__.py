@@ -27,6 +27,10 @@ _MODELS = {
 }
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _COMPONENTS = ("transformer", "transformer_2", "vae")
+_PIPELINE_KEPT = [
+    ("scheduler", "guidance and update fuse only in a sampling loop: pyvideo_kernels.sampler has one"),
+    ("text_encoder", "runs once a prompt"),
+]
 _ATTENTIONS = (None, "dense")
 
 
@@ -65,6 +69,8 @@ def accelerate(
     models = list(_models(target))
     for path, model in models:
         plan.extend(_plan(model, path, settings))
+    if not isinstance(target, nn.Module):
+        plan.kept += _PIPELINE_KEPT
     if strict and plan.left:
         reasons = "; ".join(f"{left.path}: {left.op}: {left.reason}" for left in plan.left[:8])
         more = f"; and {len(plan.left) - 8} more" if len(plan.left) > 8 else ""

@@ -308,6 +308,21 @@ def test_compile_whole_and_by_repeated_blocks(attention):
         assert used(report) == WAN_OPS | ({"spacetime_attention"} if attention else set())
 
 
+def test_a_fallback_inside_a_graph_breaks_nothing_and_is_counted_when_traced():
+    torch._dynamo.reset()
+    arguments, counter = inputs(), CompileCounter()
+    model, stock = tiny(1), tiny(1)
+    report = pv.accelerate(model)
+    for each in (model, stock):
+        torch.manual_seed(5)
+        each.add_adapter(LoraConfig(r=2, target_modules=["proj_out"], init_lora_weights=False))
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(3):
+        assert_close(run(compiled, arguments), truth(stock, arguments), run(stock, arguments))
+    assert counter.frame_count == 1
+    assert report.fallbacks() == {"final_layer": {"proj_out is a Linear that is not swapped": 1}}
+
+
 def test_accelerating_a_compiled_model_recompiles_and_restoring_does_too():
     torch._dynamo.reset()
     model, stock, arguments = tiny(), tiny(), inputs()

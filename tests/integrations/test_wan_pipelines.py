@@ -192,5 +192,6 @@ def test_a_part_that_is_no_wan_model_is_refused():
 def test_the_scheduler_is_left_alone():
     pipe = pipeline()
     before = dict(pipe.scheduler.__dict__)
-    pv.accelerate(pipe)
+    report = pv.accelerate(pipe)
+    assert "sampling loop" in report.to_dict()["kept"]["scheduler"]
     assert pipe.scheduler.__dict__ == before and type(pipe.scheduler) is UniPCMultistepScheduler
