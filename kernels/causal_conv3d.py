@@ -234,7 +234,15 @@ def _precision(x: Tensor) -> str:
     if arch_for(x).startswith("gfx"):
         return "ieee"
     # Ignored for 16-bit operands.
-    return "tf32" if x.dtype != torch.float32 or torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if x.dtype != torch.float32 or _tf32_allowed() else "tf32x3"
+
+
+def _tf32_allowed() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        # Set operator by operator through the newer fp32_precision, which the older flag cannot express.
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def tile_span(x: Tensor, config: ConvConfig, kernel: tuple[int, int], stride: tuple[int, int]) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs import rms_norm_silu as configs
 
-from .launch import cdiv, merged_rows, on_device
+from .launch import cdiv, merged_rows, on_device, refuse_float64
 
 
 @triton.jit
@@ -61,6 +61,7 @@ def launch_fwd(x: Tensor, y: Tensor, weight: Tensor, eps: float, silu: bool, con
 
 def rms_norm_silu(x: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     """``impl="triton"`` of the op."""
+    refuse_float64("rms_norm_silu", x, weight)
     config = configs.select(arch_for(x), width=x.shape[-1])
     y = x.new_empty(x.shape)
     launch_fwd(x, y, weight, eps, silu, config)

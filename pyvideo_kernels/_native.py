@@ -33,6 +33,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "rms_norm_silu": ("cpu",),
     "guidance_step": ("cpu", "cuda"),
 }
+# Arguments (by position) that a kernel takes in one dtype only, where the op takes two.
+_ALIKE: dict[str, tuple[int, int]] = {"guidance_step": (1, 2)}
 
 
 @functools.cache
@@ -126,6 +128,13 @@ def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> A
                 raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {arg.dtype}")
             if device == "cuda" and (reason := _check_card(arg.device.index or 0)):
                 raise UnsupportedError(f"{name}: {reason}; make cuda CUDA_ARCHS=...")
+    if name in _ALIKE:
+        first, second = (args[i] for i in _ALIKE[name])
+        if isinstance(second, Tensor) and second.dtype != first.dtype:
+            raise UnsupportedError(
+                f"{name}: the compiled {device} kernel takes both predictions in one dtype; "
+                f"got {first.dtype} and {second.dtype}"
+            )
     return function(*args)
 
 

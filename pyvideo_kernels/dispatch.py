@@ -103,6 +103,16 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     if impl not in IMPLS:
         raise ValueOptionError(f"{op.name}: `impl` must be one of {', '.join(IMPLS)}; got {impl!r}")
     tensor = _first_tensor(inputs)
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind):
+        # An op computes in the dtypes it is given. Autocast would reach the matrix products inside the oracle and the
+        # library calls, and change even the dtype that the fake has promised.
+        with torch.autocast(kind, enabled=False):
+            return _run(op, inputs, impl, tensor)
+    return _run(op, inputs, impl, tensor)
+
+
+def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
     if impl != "auto":
         check_runs_on(op, impl, tensor.device)
         result = load(op, impl)(*inputs)
@@ -112,7 +122,7 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     for candidate in order(op, tensor.device):
         try:
             if not trusted(op, candidate, tensor):
-                reasons.append(f"{candidate}: self-check failed on this device")
+                reasons.append(f"{candidate}: not verified on this device")
                 continue
             result = load(op, candidate)(*inputs)
         except UnsupportedError as error:
@@ -216,33 +226,53 @@ def trusted(op: Op, impl: str, tensor: Tensor) -> bool:
     verdict = _verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_current_stream_capturing():
-            # A check synchronises, which a capture forbids; warmup() or a first eager call settles it before.
+            # A check synchronises, which a capture forbids: one eager call before it settles the verdict.
+            warn_once(
+                op.name, impl, f"{op.name}: impl {impl!r} is unverified on {arch_of(tensor.device)} and cannot be "
+                "checked during a CUDA graph capture, which goes on without it; call the op once before capturing"
+            )  # fmt: skip
             return False
         with _lock:
             verdict = _verdicts.get(key)
             if verdict is None:
                 verdict = _read_record().get(key)
                 if verdict is None:
-                    verdict = self_check(op, impl, tensor.device, tensor.dtype) is None
-                    _write_record(key, verdict)
+                    try:
+                        verdict = self_check(op, impl, tensor.device, tensor.dtype)
+                        _write_record(key, verdict)
+                    except UnsupportedError:
+                        # Not built or not installed here: the next implementation serves, and nothing is written,
+                        # for the next process may have it.
+                        verdict = False
+                    except torch.OutOfMemoryError:
+                        return False  # says nothing about the kernel; checked again at the next call
+                    except Exception as error:
+                        # A kernel that does not compile or launch must not take the run down. The driver or an
+                        # earlier failure may be to blame, so this too holds for this process alone.
+                        _warn_failed(op, impl, tensor.device, error)
+                        verdict = False
                 _verdicts[key] = verdict
     return verdict
 
 
-def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run the op's sample inputs through ``impl`` against the float64 oracle; None if right, else what is wrong."""
-    from .testing.compare import check_op
+def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``impl`` is right on the op's sample inputs, against the float64 oracle; warns where it is not.
+
+    Raises what ``impl`` raises where it cannot be checked at all.
+    """
+    from .testing.compare import Mismatch, check_op
 
     try:
         check_op(op, impl, device, dtype)
-    except UnsupportedError as error:
-        # A missing extension is not a wrong kernel: say nothing, the next implementation serves.
-        return str(error)
-    except Exception as error:  # a kernel that does not compile or launch must not take the run down
-        reason = f"{type(error).__name__}: {error}"
-        warn_once(op.name, impl, f"{op.name}: impl {impl!r} failed its self-check on {arch_of(device)}: {reason}")
-        return reason
-    return None
+    except Mismatch as error:
+        _warn_failed(op, impl, device, error)
+        return False
+    return True
+
+
+def _warn_failed(op: Op, impl: str, device: torch.device, error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}"
+    warn_once(op.name, impl, f"{op.name}: impl {impl!r} failed its self-check on {arch_of(device)}: {reason}")
 
 
 def warn_once(op: str, impl: str, message: str) -> None:

@@ -145,7 +145,7 @@ def qk_norm_rope(
         (q, k), contiguous, dtype and shape of the arguments; one rounding, after the rotation.
     Raises:
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
-        UnsupportedError: this implementation cannot be had here; names the remedy.
+        UnsupportedError: a table requires grad (it gets none), or this implementation cannot be had here.
     Supports: sm_80+, gfx942+, CPU | fwd, bwd | fullgraph, CUDA graphs, dynamic S.
     Numerics: error ≤ 2 × eager's own against float64. Deterministic: yes.
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467, eq. 4; Su et al., "RoFormer",
@@ -154,6 +154,7 @@ def qk_norm_rope(
     vectors = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
     tables = _check("qk_norm_rope", q, k, vectors, cos, sin, norm, norm_type, layout, rotary_range)
     cos, sin, start, stop = tables
+    refuse_grad("qk_norm_rope", cos=cos, sin=sin)
     out: tuple[Tensor, Tensor] = torch.ops.pyvideo.qk_norm_rope(
         q, k, *vectors.values(), cos, sin, norm, norm_type, layout, start, stop, eps, impl
     )
@@ -197,6 +198,6 @@ def qk_norm_rope_(
     for name, tensor in written.items():
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             bad_shape(op, name, "a tensor without broadcast dimensions, to be written in place", tensor)
-    refuse_grad(op, q=q, k=k, **vectors)
+    refuse_grad(op, q=q, k=k, cos=cos, sin=sin, **vectors)
     torch.ops.pyvideo.qk_norm_rope_(q, k, *vectors.values(), cos, sin, norm, norm_type, layout, start, stop, eps, impl)
     return q, k

@@ -54,6 +54,12 @@ def descriptors(monkeypatch):
     return used
 
 
+@pytest.fixture
+def no_tf32(monkeypatch):
+    """fp32 products as the CPU makes them, also on a card: TF32 rounds to three digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME))
 def test_matches_float64(impl, device, dtype):
     helpers.check_implementation(NAME, impl, device, dtype)
@@ -71,7 +77,7 @@ def test_contract():
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matches_diffusers_module(kernel, dtype):
+def test_matches_diffusers_module(kernel, dtype, no_tf32):
     wan = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
     arguments = _inputs(c=12, out=20, kernel=kernel, cached=1 if kernel[0] > 1 else 0, dtype=dtype)
     residual = arguments.pop("residual")
@@ -94,7 +100,7 @@ def test_matches_diffusers_module(kernel, dtype):
             assert_close(out.cpu(), exact, own, impl)
 
 
-def test_strided_time_convolution_of_the_encoder():
+def test_strided_time_convolution_of_the_encoder(no_tf32):
     """Without padding in time: the head of the clip is its own past."""
     a = _inputs(t=5, kernel=(3, 1, 1), cached=0)
     x, weight, bias = a["x"], a["weight"], a["bias"]
@@ -108,7 +114,7 @@ def test_strided_time_convolution_of_the_encoder():
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
-def test_spatial_stride(impl):
+def test_spatial_stride(impl, no_tf32):
     a = _to(_inputs(t=1, h=5, w=4, kernel=(1, 3, 3), cached=0), helpers.DEVICE)
     expected = torch.nn.functional.conv2d(
         a["x"][:, 0].permute(0, 3, 1, 2), a["weight"][:, :, 0], a["bias"], stride=(2, 3), padding=1
@@ -208,6 +214,23 @@ def test_a_tile_beyond_32_bit_offsets_is_refused():
 )  # fmt: skip
 def test_output_channels_are_split_into_powers_of_two(o, split):
     assert configs.split_channels(o) == split
+
+
+def test_tf32_follows_either_of_torchs_flags(monkeypatch):
+    x, flags = torch.zeros(1), torch.backends.cudnn
+    monkeypatch.setattr(_kernels(), "arch_for", lambda _: "sm_90")
+    for old in (True, False):
+        with flags.flags(enabled=True, allow_tf32=old):
+            assert _kernels()._precision(x) == ("tf32" if old else "tf32x3")
+    before = flags.conv.fp32_precision
+    try:
+        # Of one operator alone: torch then refuses to answer through the older flag.
+        for new, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            flags.conv.fp32_precision = new
+            assert _kernels()._precision(x) == expected
+    finally:
+        flags.conv.fp32_precision = before
+    assert _kernels()._precision(x.half()) == "tf32"
 
 
 def test_bitwise_repeatable():

@@ -126,6 +126,12 @@ def test_bad_input_is_refused_by_name(change, error, words):
         pv.rms_norm_silu(**{"x": torch.zeros(2, 8), "weight": torch.ones(8), **change})
 
 
+def test_triton_refuses_float64():
+    x, weight = (t.double().to(helpers.DEVICE) for t in _inputs(2, 8))
+    with pytest.raises(UnsupportedError, match="refuses float64"):
+        pv.rms_norm_silu(x, weight, impl="triton")
+
+
 def test_without_pixels():
     assert pv.rms_norm_silu(torch.zeros(1, 0, 3, 3, 8), torch.ones(8)).shape == (1, 0, 3, 3, 8)
     assert pv.rms_norm_silu(torch.zeros(0, 8, device=helpers.DEVICE), torch.ones(8, device=helpers.DEVICE),
