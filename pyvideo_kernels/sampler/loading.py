@@ -144,7 +144,9 @@ def place(pipe: Any, device: torch.device, offload: str) -> None:
     elif device.type == "cuda" and offload == "group":
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
     else:
-        pipe.to(device)
+        # diffusers advises against fp16 on a CPU here, in its own words and once a component.
+        with quiet_libraries():
+            pipe.to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -70,6 +70,7 @@ class Sampler:
         self.seconds: dict[str, float] = {}
         """Starting (imports, mostly torch's) and loading; the first film's stats take them."""
         self._projection: Any = None
+        self._warned: set[str] = set()
 
     # Before anything heavy ---------------------------------------------------------------------------------------
 
@@ -91,7 +92,8 @@ class Sampler:
         if self.model.embedded:
             from ..tiny.grammar import parse
 
-            if parse(settings.prompt) is None:
+            if settings.prompt not in self._warned and parse(settings.prompt) is None:
+                self._warned.add(settings.prompt)
                 self.reporter.warn(
                     f"{self.model.name} only knows sentences like 'a small red ball moves left on a black background'; "
                     f"{settings.prompt!r} is not one, so expect something else"
@@ -115,6 +117,8 @@ class Sampler:
         else:
             self.device = loading.pick_device(s.device)
             self.dtype = loading.pick_dtype(s.dtype, self.device)
+            if s.dtype == "fp16" and self.device.type == "cpu":
+                self.reporter.note("--dtype fp16 is slow on a CPU: bf16 takes as little memory, fp32 is more exact")
             if s.offload != "none" and self.device.type != "cuda":
                 self.reporter.note(
                     f"--offload {s.offload} does nothing on {self.device}: the weights are already there"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyvideo_kernels.sampler import sample
+from pyvideo_kernels.sampler import Sampler, Settings, sample
 from pyvideo_kernels.sampler.models import TINY
 from pyvideo_kernels.sampler.progress import PlainReporter
 from pyvideo_kernels.tiny import checker, grammar
@@ -34,9 +34,13 @@ def test_a_sentence_becomes_a_film_of_it(tmp_path: Path, quiet: None) -> None:
 
 
 def test_a_sentence_it_does_not_know_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    sample("a cat on a mat", steps=1, reporter=PlainReporter())
+    settings = Settings(prompt="a cat on a mat", steps=1, dtype="fp16", device="cpu")
+    sampler = Sampler(settings, reporter=PlainReporter())
+    sampler.plan(settings)  # the command plans every film first, and again when it is made
+    sampler.run(settings)
     err = capsys.readouterr().err
-    assert "warning: tiny only knows sentences like" in err and "'a cat on a mat' is not one" in err
+    assert err.count("warning: tiny only knows sentences like") == 1 and "'a cat on a mat' is not one" in err
+    assert "note: --dtype fp16 is slow on a CPU" in err and "Pipelines loaded with" not in err
 
 
 def test_it_is_there() -> None:
