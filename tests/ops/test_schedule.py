@@ -11,6 +11,8 @@ from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 from pyvideo_kernels.schedule import EulerSolver, UniPCSolver, euler_steps, unipc_steps
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
+from . import helpers
+
 SHAPE = (1, 4, 3, 4, 6)
 GUIDANCE = 4.0
 
@@ -43,11 +45,11 @@ def _stock(scheduler, dtype, until=None):
     return path
 
 
-def _ours(solver, dtype, until=None):
-    x, path = _noise(dtype), []
+def _ours(solver, dtype, until=None, device="cpu"):
+    x, path = _noise(dtype).to(device), []
     for sigma in solver.sigmas[:-1][:until]:
         x = solver.step(x, _field(x, sigma, 0), _field(x, sigma, 1), guidance_scale=GUIDANCE)
-        path.append(x)
+        path.append(x.cpu())
     return path
 
 
@@ -147,7 +149,8 @@ def test_euler_trajectory_is_that_of_diffusers(steps, shift):
 def test_the_triton_step_follows_the_same_trajectory():
     make = lambda: _unipc(4, 3.0)
     exact, stock = _stock(make(), torch.float64), _stock(make(), torch.float32)
-    assert_close(_ours(pv.solver_for(make(), impl="triton"), torch.float32)[-1], exact[-1], stock[-1])
+    ours = _ours(pv.solver_for(make(), impl="triton"), torch.float32, device=helpers.DEVICE)
+    assert_close(ours[-1], exact[-1], stock[-1])
 
 
 @pytest.mark.parametrize("part", ["corrector", "predictor"])
