@@ -134,6 +134,16 @@ def load_pipeline(model: Model, dtype: torch.dtype, *, image: bool) -> Any:
                 raise
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{model.path} cannot be loaded ({reason}); download or save the model again") from error
+    # diffusers leaves a parameter that no file holds without memory, and says nothing.
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            missing = [key for key, value in part.named_parameters() if value.is_meta]
+            if missing:
+                some = missing[0] + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                raise ModelError(
+                    f"{model.path / name} holds no weights for {some}, which its config.json calls for; download or "
+                    "save the model again"
+                )
     return pipe
 
 

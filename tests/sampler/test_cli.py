@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,16 @@ def test_each_mistake_has_its_sentence_and_its_code(
     assert "final_layer cannot run so; use --impl auto" in fails(*cpu, "--ops", "final_layer", code=2)
     assert not (tmp_path / "a.mp4").exists()
     assert CliRunner().invoke(app, ["sample", PROMPT, "--stepps", "3"]).exit_code == 2
+
+
+def test_weights_that_the_config_calls_for_and_no_file_holds(model_dir: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    config = broken / "transformer" / "config.json"
+    layers = json.loads(config.read_text())
+    config.write_text(json.dumps(layers | {"num_layers": layers["num_layers"] + 1}))
+    sentence = run("sample", PROMPT, "--model", broken, "-o", tmp_path / "a.mp4", code=3).stderr.splitlines()[-1]
+    assert f"transformer holds no weights for blocks.{layers['num_layers']}." in sentence and "and " in sentence
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_no_codec_is_said_before_the_model_is_loaded(
