@@ -61,18 +61,6 @@ def merged_rows(x: Tensor) -> tuple[list[int], list[int]]:
 
     Padded with trailing dimensions of 1: a plain tensor is one dimension and its kernel divides by nothing.
     """
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    if len(sizes) > 4:
-        raise ValueError(f"at most 4 row dimensions that do not merge; got {list(x.shape)} {list(x.stride())}")
-    pad = 4 - len(sizes)
-    return sizes + [1] * pad, strides + [0] * pad
+    dims = collapse_rows(x)
+    dims += [(1, 0)] * (4 - len(dims))
+    return [size for size, _ in dims], [stride for _, stride in dims]

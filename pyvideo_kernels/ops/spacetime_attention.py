@@ -174,14 +174,14 @@ def spacetime_attention_sdpa(
         at = torch.arange(q.shape[1], device=q.device) - (0 if text_side == "prefix" else q.shape[1] - text_len)
         masked = (at >= kv_lens.clamp(min=0)[:, None]) & (at < text_len)
         options["attn_mask"] = ~masked[:, None, None, :]
+    lse = q.new_empty((0,), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if q.numel() == 0:
-        return q.new_empty(q.shape), q.new_empty((0,), dtype=torch.float32)
+        return q.new_empty(q.shape), lse
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options
     )
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     # The flash kernels write [B, S, heads, D] order, so this copies only what another backend laid out otherwise.
-    return out.transpose(1, 2).contiguous(), q.new_empty((0,), dtype=lse_dtype)
+    return out.transpose(1, 2).contiguous(), lse
 
 
 def refuse_sparse(impl: str, window: Sequence[int] | None, causal_time: bool, precision: str) -> None:

@@ -367,3 +367,6 @@ def test_empty_batch(impl):
         q, q, q, (2, 2, 2), None, (1, 1, 1), False, 0, "suffix", None, 0.25, False, "native", impl
     )
     assert out.shape == q.shape and lse.shape == (0,)
+    if impl != "triton":
+        none = (None, (1, 1, 1), False, 0, "suffix", None, 0.25, False, "native", impl)
+        assert torch.ops.pyvideo.spacetime_attention(*[q.double()] * 3, (2, 2, 2), *none)[1].dtype == torch.float64
