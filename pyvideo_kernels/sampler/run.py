@@ -244,6 +244,7 @@ def sample(
     for name in options:
         if name not in known:
             raise UsageError(f"sample() has no option {name!r}; there are {', '.join(sorted(known))}")
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     name = str(model) if isinstance(model, (str, Path)) else ""
     settings = Settings(prompt=prompt, model=name, output=None if output is None else str(output), **options).check()
     sampler = Sampler(settings, None if name else model, reporter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,12 @@ class Settings:
 
     def check(self) -> Settings:
         """Self, or UsageError naming the option, what it takes and what came."""
+        for name, kind in _FIELDS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not _fits(value, kind):
+                raise UsageError(f"--{name} must be of type {kind}; got {value!r}")
         if not self.prompt.strip():
             raise UsageError("the prompt is empty: say what the film shall show, in quotes")
         for name in ("height", "width", "frames", "steps", "upscale"):
@@ -122,13 +129,10 @@ def lora_file(text: str) -> tuple[Path, float]:
 
 # Files of options ----------------------------------------------------------------------------------------------
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-}
+# The abstract numbers: numpy's are welcome too.
+_TYPES: dict[str, type] = {"str": str, "int": numbers.Integral, "float": numbers.Real, "bool": bool}
 _FIELDS = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Settings)}
+_OPTIONAL = {field.name for field in dataclasses.fields(Settings) if field.default is None}
 # Keys of run.yaml that belong to the command rather than to one film.
 _RUN_ONLY = {"prompts": "str", "stats": "str"}
 # What a line of prompts.jsonl may set: everything that does not need the model to be loaded again.
@@ -136,11 +140,14 @@ PER_LINE = ("prompt", "negative", "image", "height", "width", "frames", "fps", "
             "seed", "output", "preview", "upscale")  # fmt: skip
 
 
+def _fits(value: Any, kind: str) -> bool:
+    return isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+
+
 def _typed(where: str, key: str, value: Any, kind: str) -> Any:
     if value is None:
         return None
-    fits = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if not fits:
+    if not _fits(value, kind):
         raise UsageError(f"{where}: {key} must be of type {kind}; got {value!r}")
     return float(value) if kind == "float" else value
 

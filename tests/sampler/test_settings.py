@@ -94,6 +94,10 @@ def test_defaults_multiples_and_pictures_follow_the_model() -> None:
     [
         ({"prompt": "  "}, "prompt is empty"),
         ({"steps": 0}, "--steps must be at least 1; got 0"),
+        ({"height": "64"}, "--height must be of type int; got '64'"),
+        ({"seed": True}, "--seed must be of type int; got True"),
+        ({"seed": None}, "--seed must be of type int; got None"),
+        ({"prompt": 3}, "--prompt must be of type str; got 3"),
         ({"frames": -3}, "--frames"),
         ({"fps": 0.0}, "--fps"),
         ({"guidance": float("nan")}, "--guidance"),
