@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
+
 if TYPE_CHECKING:
     from ..schemas import Op
 
@@ -111,10 +113,13 @@ def check_op(
     device: torch.device | str,
     dtype: torch.dtype,
     call: Callable[..., Any] | None = None,
+    *,
+    partial: bool = False,
 ) -> int:
     """Run every sample of ``op`` through ``impl`` and apply the rule; returns how many samples were checked.
 
     In-place ops are judged by what they leave in their arguments: the oracle's out-of-place twin is used.
+    ``partial``: samples that ``impl`` refuses are left out, as long as one is not.
     """
     from .. import dispatch
 
@@ -126,13 +131,18 @@ def check_op(
         args = op.bind(**kwargs)
         outputs = _as_tuple(reference(*to_float64(args)))
         eager = _as_tuple(reference(*args))
-        if twin is None:
-            got = _as_tuple(call(*args))
-        else:
-            call(*args)
-            got = args[: len(outputs)]  # what is written over comes first in the schema
+        try:
+            returned = call(*args)
+        except UnsupportedError:
+            if not partial:
+                raise
+            continue
+        # What an in-place op writes over comes first in its schema.
+        got = _as_tuple(returned) if twin is None else args[: len(outputs)]
         for position, (out, ref64, low) in enumerate(zip(got, outputs, eager, strict=True)):
             if isinstance(ref64, Tensor):
                 assert_close(out, ref64, low, f"{op.name} sample {index} output {position}")
         count += 1
+    if not count:
+        raise UnsupportedError(f"{op.name}: impl {impl!r} refuses every sample")
     return count

@@ -98,6 +98,21 @@ def test_autocast_does_not_reach_into_an_op(name):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def test_a_partial_check_still_judges_and_needs_a_sample():
+    op = OPS["spacetime_attention"]
+    with pytest.raises(UnsupportedError, match="gives no lse"):
+        compare.check_op(op, "sdpa", "cpu", torch.float32)
+    assert compare.check_op(op, "sdpa", "cpu", torch.float32, partial=True) == 2
+
+    def refuses(*_):
+        raise UnsupportedError("not this")
+
+    with pytest.raises(UnsupportedError, match="every sample"):
+        compare.check_op(op, "sdpa", "cpu", torch.float32, refuses, partial=True)
+    with pytest.raises(compare.Mismatch):
+        compare.check_op(op, "sdpa", "cpu", torch.float32, lambda q, *_: (q * 2, q.new_empty(0)), partial=True)
+
+
 def test_predictions_of_two_dtypes():
     """Valid by the contract and nothing for the compiled kernel: ``auto`` goes on, an explicit ``cpu`` says why."""
     z = torch.randn(3, 5)
