@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import MODEL_DIR
+from . import FPS, FRAMES, GUIDANCE_SCALE, HEIGHT, MODEL_DIR, STEPS, WIDTH
 from .architecture import (
     FLOW_SHIFT,
     Z_DIM,
@@ -26,6 +26,15 @@ from .architecture import (
 from .latents import LatentSpace
 
 MEBIBYTE = 1024 * 1024
+DEFAULTS = {
+    "height": HEIGHT,
+    "width": WIDTH,
+    "frames": FRAMES,
+    "fps": FPS,
+    "steps": STEPS,
+    "guidance": GUIDANCE_SCALE,
+    "upscale": 4,
+}
 
 
 def averaged(run: Path, name: str) -> dict[str, Tensor]:
@@ -98,7 +107,9 @@ def save(pipeline: Any, output: Path) -> int:
         elif path.name == "tokenizer_config.json":
             text["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(text, indent=2) + "\n")
-    for kept in ("README.md", "evaluation.json"):
+    # What the sampler samples by default, so that a copy under another path is sampled like the embedded one.
+    (partial / "pyvideo.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
+    for kept in ("README.md", "evaluation.json", "evaluation-ops.json"):
         if (output / kept).exists():
             shutil.copy2(output / kept, partial / kept)
     shutil.rmtree(output, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The embedded pipeline directory: small, safe to load, and it does what its sentence says."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_it_is_a_stock_pipeline(pipeline):
     assert pipeline.vae_scale_factor_spatial == 8 and pipeline.vae_scale_factor_temporal == 4
     index = json.loads((tiny.MODEL_DIR / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline" and "_name_or_path" not in index
+
+
+def test_a_copy_has_the_same_defaults_as_the_embedded_model(tmp_path):
+    from pyvideo_kernels.sampler.modeldir import read_model
+    from pyvideo_kernels.sampler.models import KNOWN
+    from pyvideo_kernels.tiny.build import DEFAULTS
+
+    assert json.loads((tiny.MODEL_DIR / "pyvideo.json").read_text()) == DEFAULTS
+    copy = shutil.copytree(tiny.MODEL_DIR, tmp_path / "copy")
+    assert read_model(copy, str(copy)).defaults == KNOWN["tiny"].defaults
 
 
 def test_the_shipped_latent_space_is_the_models(pipeline):
