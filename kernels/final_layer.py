@@ -86,7 +86,8 @@ def _store_pixels(
     w, rest = token % grid_w, token // grid_w
     h, t = rest % grid_h, rest // grid_h
     channel, place = feature % channels, feature // channels
-    row = (grid_w * PW).to(OFFSET)
+    # cast(): an extent of 1 is a constant to the compiler, which has no .to().
+    row = tl.cast(grid_w * PW, OFFSET)
     frame = row * (grid_h * PH)
     clip = frame * (grid_t * PT)
     at_token = (t * PT).to(OFFSET) * frame + (h * PH).to(OFFSET) * row + w * PW
