@@ -9,9 +9,12 @@ No environment variable chooses a kernel.
 from __future__ import annotations
 
 import collections
+import functools
+import hashlib
 import importlib
 import json
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -188,8 +191,25 @@ def _needs_check(impl: str) -> bool:
 def _check_key(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     from . import __version__
 
-    build = f"{__version__} torch {torch.__version__} {arch_of(device)}"
+    build = f"{__version__} {_code()} torch {torch.__version__} {arch_of(device)}"
+    if impl == "triton" and (triton := sys.modules.get("triton")) is not None:
+        build += f" triton {triton.__version__}"
     return f"{build} {op.name} {impl} {str(dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the kernels and their configurations: a verdict is about this code and no other."""
+    package = Path(__file__).parent
+    # In a checkout the sources of ``pyvideo_kernels.kernels`` lie beside the package.
+    places = [package / "kernels", package / "configs"]
+    if (package.parent / "csrc" / "module.cpp").is_file():
+        places.append(package.parent / "kernels")
+    files = sorted(file for place in places for file in place.glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def record_path() -> Path:
@@ -222,6 +242,7 @@ def trusted(op: Op, impl: str, tensor: Tensor) -> bool:
     """Whether ``auto`` may run ``impl`` here; runs the self-check once per (op, impl, architecture, dtype)."""
     if not _needs_check(impl) or tensor.device.type == "cpu":
         return True
+    load(op, impl)  # raises where there is nothing to verify, and imports the compiler whose version the key has
     key = _check_key(op, impl, tensor.device, tensor.dtype)
     verdict = _verdicts.get(key)
     if verdict is None:

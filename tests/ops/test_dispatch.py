@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 import pyvideo_kernels as pv
 from pyvideo_kernels import dispatch
@@ -56,6 +57,15 @@ def test_a_wrong_kernel_is_never_run_again(card, monkeypatch):
         assert not _trusted()
     monkeypatch.setattr(dispatch, "_verdicts", {})
     assert not _trusted() and card.checks == 1 and _recorded() == [False]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"), [(dispatch, "_code", lambda: "edited"), (triton, "__version__", "9")]
+)
+def test_a_verdict_is_about_this_code_and_this_compiler(card, monkeypatch, owner, name, value):
+    assert _trusted() and card.checks == 1
+    monkeypatch.setattr(owner, name, value)
+    assert _trusted() and card.checks == 2
 
 
 @pytest.mark.parametrize("outcome", [UnsupportedError("not built"), RuntimeError("CUDA error")])
