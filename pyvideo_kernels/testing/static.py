@@ -50,6 +50,7 @@ class Case:
         tma: TMA loads must be there on sm_90 and later.
         archs: architectures it is meant for; None: all.
         allow_spill: architecture -> why spills are accepted there.
+        older_triton: architecture -> what goes wrong there before Triton 3.7, which is not examined then.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     tma: bool = False
     archs: tuple[str, ...] | None = None
     allow_spill: dict[str, str] = field(default_factory=dict)
+    older_triton: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,11 +237,16 @@ def load_cases(folder: Path, op: str) -> list[Case]:
 
 def examine(folder: Path, op: str, archs: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """Compile every case of ``op``; returns readings by ``case/arch`` and what is wrong in itself."""
+    import triton
+
+    older = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
     table: dict[str, list[dict[str, Any]]] = {}
     problems = []
     for case in load_cases(folder, op):
         for arch in archs:
             if case.archs is not None and arch not in case.archs:
+                continue
+            if older and arch in case.older_triton:
                 continue
             key = f"{case.name}/{arch}"
             try:

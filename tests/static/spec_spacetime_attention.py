@@ -28,7 +28,13 @@ DESCRIPTORS = ("sm_90", "sm_100")
 CASES = [
     Case("wan-1.3b-480p", WAN, matrix=True, archs=POINTERS),
     Case("wan-1.3b-480p-descriptors", WAN, matrix=True, tma=True, archs=DESCRIPTORS),
-    Case("cogvideox-text-prefix", COGVIDEOX, matrix=True, archs=POINTERS),
+    Case(
+        "cogvideox-text-prefix",
+        COGVIDEOX,
+        matrix=True,
+        archs=POINTERS,
+        older_triton={"gfx942": "10 spilled registers"},
+    ),
     Case("cogvideox-text-prefix-descriptors", COGVIDEOX, matrix=True, tma=True, archs=DESCRIPTORS),
     Case("hunyuan-text-suffix-lse", HUNYUAN, matrix=True, archs=("sm_80",)),
     Case("hunyuan-text-suffix-lse-descriptors", HUNYUAN, matrix=True, tma=True, archs=DESCRIPTORS),
