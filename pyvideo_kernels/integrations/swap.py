@@ -265,11 +265,14 @@ def autocasting(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-@torch.compiler.assume_constant_result
 def _count(token: int, op: str, reason: str) -> bool:
     # Under torch.compile this runs once, while tracing: a compiled fallback counts once per graph.
     _fallbacks[token, op, reason] += 1
     return True
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import the compiler, a second of start.
+_count._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fall_back(settings: Settings, op: str, reason: str) -> None:

@@ -174,3 +174,10 @@ def test_installed_package_is_found_from_any_folder(tmp_path):
     package, kernel = fresh(code, cwd=tmp_path)
     assert Path(package).parent.name == "pyvideo_kernels"
     assert Path(kernel).parent.name == "kernels"
+
+
+def test_the_drop_in_does_not_import_the_compiler():
+    # torch._dynamo costs over a second, which every film and every accelerate() would wait for.
+    code = "import sys, pyvideo_kernels.integrations; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
