@@ -181,7 +181,7 @@ _ROWS: tuple[Op, ...] = (
         "patch_embed3d",
         "(Tensor video, Tensor weight, Tensor? bias, int[] patch, str impl) -> Tensor",
         _patch_embed3d,
-        _impls("patch_embed3d", "triton"),
+        {**_impls("patch_embed3d", "triton"), "cpu": "pyvideo_kernels.ops.patch_embed3d:patch_embed3d_cpu"},
         differentiable=("video", "weight", "bias"),
     ),
     Op(
@@ -189,7 +189,7 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, SymInt[] grid, int[] patch, float eps, "
         "str impl) -> Tensor",
         _final_layer,
-        _impls("final_layer", "triton"),
+        {**_impls("final_layer", "triton"), "cpu": "pyvideo_kernels.ops.final_layer:final_layer_cpu"},
         differentiable=("x", "scale", "shift", "weight", "bias"),
     ),
     Op(

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import DTypeError, bad_shape, check_last_dim_contiguous, check_same_device, check_tensor
+from ..reference.final_layer import unpatchify
 from ._checks import check_modulation, check_patch, check_vector
+from .patch_embed3d import check_linear
 
 
 def final_layer(
@@ -37,7 +39,7 @@ def final_layer(
         grid: (T, H, W), tokens an axis.
         patch: (pt, ph, pw), pixels a token.
         eps: added to the variance, in units of x².
-        impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
     Returns:
         ``[B, C, T*pt, H*ph, W*pw]``, contiguous, dtype of ``x``; norm and modulation in fp32, rounded to the dtype of
         ``x`` once before the projection as the models do, accumulated in fp32, rounded once more.
@@ -67,3 +69,21 @@ def final_layer(
     check_same_device(op, x=x, scale=scale, shift=shift, weight=weight, bias=bias)
     out: Tensor = torch.ops.pyvideo.final_layer(x, scale, shift, weight, bias, sizes, [pt, ph, pw], eps, impl)
     return out
+
+
+def final_layer_cpu(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """``impl="cpu"``: the extension's norm and modulation, then one BLAS product in the inputs' dtype."""
+    from .. import _native
+
+    check_linear("final_layer", x, bias)
+    modulated = _native.layer_norm_modulate(x, scale, shift, None, None, eps)
+    return unpatchify(torch.nn.functional.linear(modulated, weight, bias), grid, patch)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import schemas as schemas  # registers torch.ops.pyvideo
-from ..errors import DTypeError, ShapeError, bad_shape, check_same_device, check_tensor
+from ..errors import DTypeError, ShapeError, UnsupportedError, bad_shape, check_same_device, check_tensor
+from ..reference.patch_embed3d import patchify
 from ._checks import check_patch, check_vector
 
 
@@ -30,7 +31,7 @@ def patch_embed3d(
         weight: ``[D, C, pt, ph, pw]`` as a Conv3d has it, or ``[D, C*pt*ph*pw]`` with ``patch``; dtype of ``video``.
         bias: ``[D]``, or None.
         patch: (pt, ph, pw); may be left out when ``weight`` has five dimensions, and must agree with it if given.
-        impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
     Returns:
         ``[B, (T/pt)(H/ph)(W/pw), D]``, contiguous, dtype of ``video``; accumulated in fp32 (fp32 inputs are not
         rounded to TF32), one rounding.
@@ -68,3 +69,18 @@ def patch_embed3d(
     check_same_device(op, video=video, weight=weight, bias=bias)
     out: Tensor = torch.ops.pyvideo.patch_embed3d(video, weight, bias, [pt, ph, pw], impl)
     return out
+
+
+def patch_embed3d_cpu(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int]) -> Tensor:
+    """``impl="cpu"``: patches packed once, then one BLAS product in the inputs' dtype (fp32 accumulation)."""
+    check_linear("patch_embed3d", video, bias)
+    return torch.nn.functional.linear(patchify(video, patch), weight.reshape(weight.shape[0], -1), bias)
+
+
+def check_linear(op: str, x: Tensor, bias: Tensor | None) -> None:
+    """Refuse what the CPU's matrix product would compute in another precision than the contract's."""
+    bf16 = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (x.dtype == torch.float32 or bf16) or (bias is not None and bias.dtype != x.dtype):
+        raise UnsupportedError(
+            f"{op}: impl 'cpu' takes fp32, or bf16 with bf16 `bias` where oneDNN has it; use impl='reference'"
+        )

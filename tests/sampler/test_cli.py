@@ -228,8 +228,8 @@ def test_each_mistake_has_its_sentence_and_its_code(
     # An explicit implementation never falls back: what cannot run so is named before loading, with what can.
     cpu = (PROMPT, *model, "--device", "cpu", "--impl", "cpu")
     sentence = fails(*cpu, code=2)
-    assert "--impl cpu: patch_embed3d, final_layer, unipc_step cannot run so; add --ops layer_norm_mod" in sentence
-    assert "final_layer cannot run so; use --impl auto" in fails(*cpu, "--ops", "final_layer", code=2)
+    assert "--impl cpu: unipc_step cannot run so; add --ops layer_norm_mod" in sentence
+    assert "unipc_step cannot run so; use --impl auto" in fails(*cpu, "--ops", "unipc_step", code=2)
     assert not (tmp_path / "a.mp4").exists()
     assert CliRunner().invoke(app, ["sample", PROMPT, "--stepps", "3"]).exit_code == 2
 
