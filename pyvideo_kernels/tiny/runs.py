@@ -1,10 +1,13 @@
-"""What both training scripts share: checkpoints, averaged weights, the learning-rate schedule, optimizers."""
+"""What both training scripts share: the loop, checkpoints, averaged weights, the learning-rate schedule, optimizers."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +123,57 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    folder: RunFolder,
+    loss_at: Callable[[torch.Generator], Tensor],
+) -> None:
+    """Train until the schedule or a signal ends it, logging every 50 steps; the run folder holds the result.
+
+    Args:
+        args: the script's options: seed, warmup, minutes, decay_minutes, steps, device, bf16, save_every.
+        loss_at: the loss of one step; all its randomness comes from the generator, so that a resumed run is the same.
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    step = folder.resume(args.device)
+    schedule = Schedule(args.warmup, args.minutes * 60, args.decay_minutes * 60, args.steps)
+    schedule.stop_on_signals()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, from step {step}", flush=True)
+    window: list[float] = []
+    saved = shown = time.monotonic()
+    while not schedule.finished(step):
+        generator = torch.Generator().manual_seed(args.seed * 10**9 + step)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            loss = loss_at(generator)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = schedule.factor(step)
+        for optimizer in folder.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        folder.update_ema(step)
+        window.append(loss.item())
+        if step % 50 == 0:
+            row = {
+                "step": step,
+                "loss": sum(window) / len(window),
+                "lr": factor,
+                "ms": 1000 * (time.monotonic() - shown) / len(window),
+                "seconds": folder.seconds + time.monotonic() - schedule.started,
+            }
+            folder.log(row)
+            print(json.dumps(row), flush=True)
+            window, shown = [], time.monotonic()
+        if time.monotonic() - saved > args.save_every:
+            folder.save(step, time.monotonic() - schedule.started)
+            saved = time.monotonic()
+    folder.save(step, time.monotonic() - schedule.started)

@@ -8,9 +8,7 @@ Stops and resumes at will: the run folder holds everything, and starting the com
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from .architecture import (
 )
 from .clips import draw_scenes, render
 from .latents import LatentSpace
-from .runs import RunFolder, Schedule, build_optimizers, set_threads
+from .runs import RunFolder, build_optimizers, set_threads, train
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -175,50 +173,16 @@ def main(argv: list[str] | None = None) -> None:
     space = LatentSpace.for_run(args.run, Z_DIM)
     tokenizer = build_tokenizer()
     model = TextToLatent(len(tokenizer), num_layers=args.layers, num_attention_heads=args.heads).to(args.device)
-    optimizers = build_optimizers(model, args.lr, args.muon_lr)
-    folder = RunFolder(args.run / args.name, model, optimizers, args.ema)
-    step = folder.resume(args.device)
-    schedule = Schedule(args.warmup, args.minutes * 60, args.decay_minutes * 60, args.steps)
-    schedule.stop_on_signals()
+    folder = RunFolder(args.run / args.name, model, build_optimizers(model, args.lr, args.muon_lr), args.ema)
     batches = Batches(space, tokenizer, args)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, from step {step}", flush=True)
 
-    saved, window, shown = time.monotonic(), [], time.monotonic()
-    while not schedule.finished(step):
-        generator = torch.Generator().manual_seed(args.seed * 10**9 + step)
-        noisy, sigma, ids, mask, target, weight = (x.to(args.device) for x in batches(generator))
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            velocity = model(noisy, sigma, ids, mask)
-        error = (velocity.float() - target).square()
-        loss = (error * weight).mean()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = schedule.factor(step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        folder.update_ema(step)
-        window.append(loss.item())
-        if step % 50 == 0:
-            row = {
-                "step": step,
-                "loss": sum(window) / len(window),
-                "lr": factor,
-                "ms": 1000 * (time.monotonic() - shown) / len(window),
-                "seconds": folder.seconds + time.monotonic() - schedule.started,
-            }
-            folder.log(row)
-            print(json.dumps(row), flush=True)
-            window, shown = [], time.monotonic()
-        if time.monotonic() - saved > args.save_every:
-            folder.save(step, time.monotonic() - schedule.started)
-            saved = time.monotonic()
-    folder.save(step, time.monotonic() - schedule.started)
+    def loss_at(generator: torch.Generator) -> Tensor:
+        with torch.autocast(args.device, enabled=False):
+            noisy, sigma, ids, mask, target, weight = (x.to(args.device) for x in batches(generator))
+        error = (model(noisy, sigma, ids, mask).float() - target).square()
+        return (error * weight).mean()
+
+    train(args, model, folder, loss_at)
 
 
 if __name__ == "__main__":

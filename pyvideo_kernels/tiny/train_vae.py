@@ -10,9 +10,7 @@ Both resume where they stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from .architecture import Z_DIM, build_vae
 from .clips import Clips, draw_scenes, render
 from .latents import SPATIAL, TEMPORAL, LatentSpace
-from .runs import RunFolder, Schedule, build_optimizers, set_threads
+from .runs import RunFolder, build_optimizers, set_threads, train
 
 LOG_VARIANCE = -12.0
 """What the encoder is taught to answer as the log-variance of every latent: as good as none."""
@@ -116,51 +114,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     space = LatentSpace.for_run(args.run, Z_DIM)
     half = Half(args.part, space).to(args.device)
-    optimizers = build_optimizers(half, args.lr)
-    folder = RunFolder(args.run / args.part, half, optimizers, args.ema)
-    step = folder.resume(args.device)
-    schedule = Schedule(args.warmup, args.minutes * 60, args.decay_minutes * 60, args.steps)
-    schedule.stop_on_signals()
-    print(f"{sum(p.numel() for p in half.parameters()) / 1e6:.2f}M parameters, from step {step}", flush=True)
+    folder = RunFolder(args.run / args.part, half, build_optimizers(half, args.lr), args.ema)
 
-    saved, window, shown = time.monotonic(), [], time.monotonic()
-    while not schedule.finished(step):
-        generator = torch.Generator().manual_seed(args.seed * 10**9 + step)
+    def loss_at(generator: torch.Generator) -> Tensor:
         whole = render(draw_scenes(args.batch, generator), generator)
         clips = crop(whole, generator, args.latents, args.cells)
-        shape = (args.batch, Z_DIM, args.latents, args.cells, args.cells)
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(args.batch, Z_DIM, args.latents, args.cells, args.cells, generator=generator)
         scale = args.latent_noise * torch.rand(args.batch, 1, 1, 1, 1, generator=generator)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            loss = loss_of(half, space, clips, noise, scale, args.device)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(half.parameters(), 1.0)
-        factor = schedule.factor(step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        folder.update_ema(step)
-        window.append(loss.item())
-        if step % 50 == 0:
-            row = {
-                "step": step,
-                "loss": sum(window) / len(window),
-                "lr": factor,
-                "ms": 1000 * (time.monotonic() - shown) / len(window),
-                "seconds": folder.seconds + time.monotonic() - schedule.started,
-            }
-            folder.log(row)
-            print(json.dumps(row), flush=True)
-            window, shown = [], time.monotonic()
-        if time.monotonic() - saved > args.save_every:
-            folder.save(step, time.monotonic() - schedule.started)
-            saved = time.monotonic()
-    folder.save(step, time.monotonic() - schedule.started)
+        return loss_of(half, space, clips, noise, scale, args.device)
+
+    train(args, half, folder, loss_at)
 
 
 if __name__ == "__main__":
