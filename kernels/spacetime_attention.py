@@ -187,6 +187,9 @@ def _spacetime_attention_descriptor_fwd_kernel(
         scores = tl.where((keys < count)[None, :], tl.dot(q, k.T), float("-inf"))
         weights, acc, top, total = _soften(scores, acc, top, total, scale_log2)
         v = v_desc.load([box, n, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
+        if TEXT != 0:
+            # Padding text may hold anything, and 0 times NaN is NaN; rows past S come as zeros.
+            v = tl.where((keys < count)[:, None], v, 0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc)
     out, lse = _finish(acc, top, total, scale)
     o_desc.store([box, first, head, 0], out.to(o_desc.dtype).reshape(1, BLOCK_M, 1, BLOCK_D))

@@ -125,6 +125,23 @@ def test_offsets_pass_two_to_the_31():
 
 
 @pytest.mark.parametrize("side", ["suffix", "prefix"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])  # by pointers, by descriptors
+@pytest.mark.skipif(helpers.GPU, reason="architectures are forced in the interpreter only")
+def test_triton_never_lets_padding_text_in(arch, side):
+    q = _randn(1, 9, 1, 16, dtype=torch.float16)
+    padding = slice(1, 3) if side == "prefix" else slice(7, 9)
+    dirty = q.clone()
+    dirty[:, padding] = float("nan")
+
+    def run(kv):
+        options = {"grid": (1, 2, 3), "text_len": 3, "text_side": side, "kv_lens": torch.tensor([1])}
+        return pv.spacetime_attention(q, kv, kv, **options, impl="triton")
+
+    with forced_arch(arch):
+        assert torch.equal(run(dirty), run(q))
+
+
+@pytest.mark.parametrize("side", ["suffix", "prefix"])
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
 def test_text_counts_past_either_end_are_clamped(impl, side):
     q = _randn(2, 9, 1, 16).to(helpers.DEVICE)
