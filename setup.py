@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 from build_native import build  # noqa: E402
 
 KERNELS = "pyvideo_kernels.kernels"
+BENCHMARKS = "pyvideo_kernels.benchmarks"
 
 
 class BuildNative(build_ext):
@@ -37,7 +38,7 @@ class BuildPy(build_py):
 setup(
     # Namespace: a sub-package whose __init__.py was forgotten must not vanish from the wheel only.
     packages=find_namespace_packages(include=["pyvideo_kernels", "pyvideo_kernels.*"], exclude=["*.__pycache__"]),
-    package_dir={KERNELS: "kernels"},
+    package_dir={KERNELS: "kernels", BENCHMARKS: "benchmarks"},
     ext_modules=[Extension("pyvideo_kernels._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPy},
 )

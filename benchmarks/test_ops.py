@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+from pyvideo_kernels.benchmarks.ops import bound_impl
+from pyvideo_kernels.benchmarks.registry import ENTRIES
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import check_op
-
-from .__main__ import bound_impl
-from .registry import ENTRIES
 
 pytest.importorskip("pytest_benchmark", reason="pip install pyvideo-kernels[bench]")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..benchmarks.cli import app as bench_app
 from ..error_types import PyVideoError, UsageError
 from .models import KNOWN, looked_for
-from .problems import Exit, exit_code
+from .problems import Exit, finish
 from .progress import Reporter, reporter_for
 from .settings import DTYPES, IMPLS, OFFLOADS, SCHEDULERS, Settings, read_config, read_prompts
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench_app, name="bench")
 
 
 def _version(wanted: bool) -> None:
@@ -99,7 +101,7 @@ def sample(
         if name not in ("config", "quiet") and _given(context, name)
     }
     reporter = Reporter() if quiet else reporter_for()
-    _finish(reporter, lambda: _sample(given, config, reporter))
+    finish(lambda: _sample(given, config, reporter))
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -261,22 +263,6 @@ def doctor() -> None:
     from .doctor import report
 
     report()
-
-
-def _finish(reporter: Reporter, work: Any) -> None:
-    """Run a command; every expected error is one sentence on stderr and its exit code."""
-    try:
-        work()
-    except KeyboardInterrupt as error:
-        text = str(error) or "interrupted; nothing was written"
-        typer.echo(text, err=True)
-        raise typer.Exit(Exit.INTERRUPTED) from None
-    except PyVideoError as error:
-        code = exit_code(error)
-        if code is None:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(code) from None
 
 
 def _terminated(_signal: int, _frame: Any) -> None:

@@ -9,10 +9,9 @@ def facts() -> dict[str, Any]:
     """Everything the report shows, as data."""
     import torch
 
-    from .. import _native, dispatch
+    from .. import _native, collect_env, dispatch
     from . import kernels
     from .loading import pick_device, pick_dtype
-    from .stats import versions
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
@@ -27,7 +26,7 @@ def facts() -> dict[str, Any]:
         bound, rows = kernels.binding(name, device, dtype)
         ops[name] = {"binds": bound, "why": [{"impl": i, "usable": ok, "why": why} for i, ok, why in rows]}
     return {
-        "versions": versions(),
+        "versions": collect_env.versions(),
         "torch_cuda": torch.version.cuda or torch.version.hip,
         "gpus": gpus,
         "extension": {

@@ -228,7 +228,8 @@ class Film:
     def stats(self) -> dict[str, Any]:
         """Everything ``--stats`` keeps of this film."""
         from .. import dispatch
-        from .stats import peak_memory, versions
+        from ..collect_env import versions
+        from .stats import peak_memory
 
         calls: dict[str, dict[str, int]] = {}
         for (op, impl), count in sorted(dispatch.calls().items()):

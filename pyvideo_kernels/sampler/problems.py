@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from pathlib import Path
 
@@ -14,6 +14,8 @@ class Exit(IntEnum):
     """Exit codes of the ``pyvideo`` command."""
 
     OK = 0
+    FAILED = 1
+    """A check did not hold: `verify`, `bench compare`, a wrong kernel in `bench ops`."""
     USAGE = 2
     MODEL = 3
     MEMORY = 4
@@ -62,3 +64,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def finish(work: Callable[[], object]) -> None:
+    """Run a command; every expected error is one sentence on stderr and its exit code."""
+    import typer
+
+    try:
+        work()
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted; nothing was written"
+        typer.echo(text, err=True)
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    except PyVideoError as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(code) from None

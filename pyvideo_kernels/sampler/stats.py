@@ -1,29 +1,13 @@
-"""Versions, memory, and the stats file."""
+"""Memory, and the stats file."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from .problems import OutputError
 from .video import check_folder, write_bytes
-
-_PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "av", "numpy")
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions of what a run depends on; None for what is not there."""
-    out: dict[str, str | None] = {"python": platform.python_version(), "pyvideo_kernels": __version__}
-    for name in _PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = None
-    return out
 
 
 def peak_memory(device: Any) -> int | None:
