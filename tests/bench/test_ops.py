@@ -1,16 +1,13 @@
-"""The registry covers the ops, both sides of every entry compute the same, and the harness measures what it says."""
+"""The registry covers the ops, both sides of every entry compute the same, and what is wrong gets no speed."""
 
 import json
-import statistics
-import time
 
 import pytest
 import torch
 
-from pyvideo_kernels.benchmarks import numbers, results
 from pyvideo_kernels.benchmarks import ops as bench
+from pyvideo_kernels.benchmarks import results
 from pyvideo_kernels.benchmarks.registry import ENTRIES, Entry, moved_bytes
-from pyvideo_kernels.benchmarks.timing import Timing, interleaved
 from pyvideo_kernels.schemas import OPS
 
 CPU = torch.device("cpu")
@@ -41,21 +38,6 @@ def test_both_sides_compute_the_same(name):
     torch.manual_seed(0)
     inputs = _small(ENTRIES[name])
     torch.testing.assert_close(ENTRIES[name].ours(**inputs), ENTRIES[name].eager(**inputs), rtol=1e-4, atol=1e-4)
-
-
-def test_a_known_duration_is_measured_within_ten_percent():
-    """Against what each call took by its own clock: a busy machine wakes a sleeper late."""
-    spent = {"short": [], "long": []}
-
-    def nap(name, seconds):
-        start = time.perf_counter()
-        time.sleep(seconds)
-        spent[name].append(time.perf_counter() - start)
-
-    variants = {"short": lambda: nap("short", 0.02), "long": lambda: nap("long", 0.04)}
-    for name, timing in interleaved(variants, device=CPU, rounds=5).items():
-        assert timing.rounds == 5 and len(spent[name]) == 7  # two calls before: to warm, and to choose the repeats
-        assert timing.median == pytest.approx(statistics.median(spent[name][2:]), rel=0.1)
 
 
 def test_bytes_count_inputs_and_outputs_once():
@@ -90,19 +72,6 @@ def test_a_raising_baseline_is_not_dropped():
         bench.measure(
             entry, "tiny", {"tokens": 4, "width": 16, "heads": 1}, CPU, torch.float32, 3, {"copy": 1.0, "gemm": 1.0}
         )
-
-
-def test_timing_of_is_robust_to_one_outlier():
-    assert Timing.of([1.0, 1.0, 1.0, 1.0, 9.0]).median == 1.0
-
-
-def test_numbers_page_is_what_the_results_give():
-    assert numbers.PAGE.read_text() == numbers.render()
-
-
-def test_results_without_a_machine_are_refused():
-    gpu = {"device": "cuda", "arch": "sm_90", "torch": "2", "python": "3", "pyvideo_kernels": "0", "revision": "abc"}
-    assert results.missing_provenance(gpu) == ["date", "gpu", "driver", "triton", "clock_sm"]
 
 
 def test_command_writes_json(tmp_path, monkeypatch, capsys):
