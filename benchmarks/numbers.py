@@ -54,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['spread'] * 1e3:.3f}",
                 f"{row['rate'] / scale:.3f} {unit}",
                 f"{row['share_of_ceiling']:.0%}",
-                f"{row['ratio_to_eager']:.2f}",
+                f"{row['baselines']['eager']['ratio']:.2f}",
             ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
