@@ -42,6 +42,15 @@ def cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
+def cudnn_version() -> str | None:
+    """Version of the cuDNN that torch loads, e.g. ``"9.15.1"``; None without one."""
+    number = torch.backends.cudnn.version() if torch.version.cuda else None
+    if number is None:
+        return None
+    thousand = 10000 if number >= 90000 else 1000
+    return f"{number // thousand}.{number % thousand // 100}.{number % 100}"
+
+
 def nvidia_smi(device: torch.device) -> dict[str, str | None]:
     """Name, driver and present clocks of a CUDA device; None where the tool does not answer."""
     names = ("name", "driver_version", "clocks.sm", "clocks.mem")

@@ -1,0 +1,31 @@
+"""External kernels that our ops are measured against: optional, found where they are installed, named with a version.
+
+None is a dependency, and none is dropped in silence: a peer that cannot run here says why and how to get it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import peers_attention, peers_other
+from .peer import Peer as Peer
+
+
+def peers_for(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Peer]:
+    """Every peer of ``op`` by name, those that cannot run on ``device`` in ``dtype`` with ``why_not``."""
+    if op == "spacetime_attention":
+        found = peers_attention.peers(device, dtype)
+    elif op in peers_other.OPS:
+        found = peers_other.OPS[op](device, dtype)
+    else:
+        found = []
+    return {peer.name: peer for peer in found}
+
+
+def detect() -> list[tuple[str, str | None, str | None]]:
+    """``(name, version, why_not)`` of every external package; imports those that are installed."""
+    rows = []
+    for package in peers_attention.PACKAGES + peers_other.PACKAGES:
+        found = package.find()
+        rows.append((package.name, found.version, found.why_not))
+    return rows
