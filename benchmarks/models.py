@@ -1,0 +1,172 @@
+"""The models that clips are timed with: built with random weights or loaded, called without their text encoders.
+
+arch = architecture("wan2.1-1.3b")
+pipe = random_pipeline(arch, dtype=torch.bfloat16, device="cuda")
+clip = arch.clip(480, 832, 81)
+latents = pipe(**prompt_inputs(pipe, arch), latents=initial_latents(pipe, clip), **call_options(clip, steps=4))[0]
+video = decode(pipe, latents, clip)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvideo_kernels.error_types import UsageError, ValueOptionError
+from pyvideo_kernels.sampler import loading
+from pyvideo_kernels.sampler.problems import OutOfMemoryError
+
+from .architecture import ARCHITECTURES as ARCHITECTURES
+from .architecture import Architecture as Architecture
+from .architecture import Clip as Clip
+from .architecture import architecture as architecture
+from .architecture import num_tokens as num_tokens
+from .families import PROMPT_SHARE, Prompt
+from .random_weights import diffusers_class, fill, skeleton, weight_bytes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def random_pipeline(
+    arch: Architecture,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+    vae_dtype: torch.dtype | None = None,
+) -> Any:
+    """A diffusers pipeline of ``arch`` with random weights and no text encoder.
+
+    Nothing of it passes through host memory: weights are drawn where they live. Activations stay O(1) through all
+    layers. Reproducible on one kind of device (CPU and GPU draw different numbers), and the same up to rounding in
+    every dtype.
+
+    Args:
+        dtype: of the transformer; its parameters that diffusers keeps in float32 stay so.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        vae_dtype: of the VAE; default: float32 for Wan, as its authors decode, else ``dtype``.
+    Raises:
+        UsageError: there is no such device.
+        ValueOptionError: another dtype.
+        OutOfMemoryError: the weights do not fit; named before anything is allocated, with the remedy.
+        ModelError: diffusers is missing or lacks the model's classes.
+    """
+    for argument, value in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
+        if value not in DTYPES:
+            raise ValueOptionError(
+                f"random_pipeline: `{argument}` must be torch.bfloat16, float16 or float32; got {value}"
+            )
+    device = loading.pick_device(str(device))
+    vae_dtype = vae_dtype or (torch.float32 if arch.vae_dtype == "float32" else dtype)
+    modules = {"transformer": skeleton(arch.transformer, dtype), "vae": skeleton(arch.vae, vae_dtype)}
+    check_fits(arch.name, weight_bytes(modules), dtype, device)
+    with loading.memory_remedy("the making of its weights", device, "none"):
+        parts: dict[str, Any] = {name: fill(module, name, device, seed) for name, module in modules.items()}
+    parts["scheduler"] = diffusers_class(arch.scheduler.kind)(**arch.scheduler.config)
+    kind = diffusers_class(arch.pipeline)
+    absent = [key for key in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2") if _takes(kind, key)]
+    with loading.quiet_libraries():
+        pipe = kind(**parts, **dict.fromkeys(absent), **arch.pipeline_options)
+    if arch.vae_tiling:
+        pipe.vae.enable_tiling()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _takes(kind: Any, key: str) -> bool:
+    import inspect
+
+    return key in inspect.signature(kind.__init__).parameters
+
+
+def check_fits(name: str, need: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights of ``need`` bytes that ``device`` has no room for."""
+    if device.type == "cuda":
+        free: int | None = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = loading._host_memory()
+    if free is not None and need > free:
+        half = "--dtype bf16 or " if dtype == torch.float32 else ""
+        raise OutOfMemoryError(
+            f"{name} needs {need / 1e9:.3g} GB for its weights and {device} has {free / 1e9:.3g} GB free: "
+            f"use {half}a smaller model"
+        )
+
+
+def prompt_inputs(
+    pipe: Any,
+    arch: Architecture,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of ``pipe.__call__`` that stand for ``batch`` prompts: random text embeddings of true length.
+
+    A negative prompt is there wherever guidance compares with one; leave ``guidance`` at 1 in ``call_options`` to
+    switch it off.
+    """
+    dtype, device = dtype or pipe.transformer.dtype, device or pipe.transformer.device
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def one(share: float) -> Prompt:
+        mask = torch.zeros(batch, arch.text.tokens, dtype=torch.bool, device=device)
+        mask[:, : max(1, round(arch.text.tokens * share))] = True
+        pooled = arch.text.pooled_width
+        return Prompt(
+            draw(batch, arch.text.tokens, arch.text.width), mask, None if pooled is None else draw(batch, pooled)
+        )
+
+    return arch.family.text_inputs(one(PROMPT_SHARE), one(PROMPT_SHARE / 2))
+
+
+def initial_latents(pipe: Any, clip: Clip, *, batch: int = 1, seed: int = 0) -> Tensor:
+    """Noise for ``clip``, drawn on the CPU (the same on every device), as ``pipe.__call__`` takes it."""
+    shape = (batch, pipe.transformer.config.in_channels, *clip.latent)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return clip.arch.family.from_noise(pipe, noise.to(pipe.transformer.device))
+
+
+def call_options(
+    clip: Clip, *, steps: int | None = None, guidance: float | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """The other keyword arguments of ``pipe.__call__``; it returns ``(latents,)``."""
+    defaults = clip.arch.defaults
+    return {
+        "height": clip.height,
+        "width": clip.width,
+        "num_frames": clip.frames,
+        "num_inference_steps": defaults.steps if steps is None else steps,
+        "guidance_scale": defaults.guidance if guidance is None else guidance,
+        # Only stochastic schedulers draw from it.
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+        "return_dict": False,
+        **clip.arch.family.call_options(clip),
+    }
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor, clip: Clip, *, seed: int = 0) -> Tensor:
+    """Video ``[B, 3, frames, height, width]`` in [-1, 1], float32, from latents as the pipeline returns them."""
+    family = clip.arch.family
+    video = family.denormalise(pipe.vae, family.to_vae(pipe, clip, latents).to(pipe.vae.dtype))
+    video, options = family.decode_options(clip, video, seed)
+    out: Tensor = pipe.vae.decode(video, **options, return_dict=False)[0]
+    return out.float().clamp_(-1, 1)
+
+
+def encode_prompt(pipe: Any, arch: Architecture, prompt: str, negative: str = "") -> dict[str, Any]:
+    """What ``prompt_inputs`` gives, from words, through the pipeline's text encoders.
+
+    Raises:
+        UsageError: the pipeline has none (random weights).
+    """
+    if getattr(pipe, "text_encoder", None) is None:
+        raise UsageError(f"{arch.name} has no text encoder: use prompt_inputs()")
+    with torch.no_grad():
+        return arch.family.encode(pipe, arch, prompt, negative)
