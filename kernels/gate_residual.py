@@ -53,7 +53,7 @@ def launch_fwd(x: Tensor, y: Tensor, gate: Tensor | None, out: Tensor, config: e
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """``impl="triton"`` of the op."""
     refuse_float64("gate_residual", x, y, gate)
-    config = elementwise.select_tile(arch_for(x), width=x.shape[-1])
+    config = elementwise.select_tile(arch_for(x), op="gate_residual", width=x.shape[-1], itemsize=x.element_size())
     out = x.new_empty(x.shape)
     launch_fwd(x, y, gate, out, config)
     return out

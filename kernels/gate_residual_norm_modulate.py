@@ -85,7 +85,7 @@ def gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """``impl="triton"`` of the op."""
     refuse_float64("gate_residual_norm_modulate", x, y, gate, scale, shift, weight, bias)
-    config = row.select(arch_for(x), op="gate_residual_norm_modulate", width=x.shape[-1])
+    config = row.select(arch_for(x), op="gate_residual_norm_modulate", width=x.shape[-1], itemsize=x.element_size())
     x_new, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     launch_fwd(x, y, gate, scale, shift, weight, bias, eps, x_new, normed, config)
     return x_new, normed

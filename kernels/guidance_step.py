@@ -58,8 +58,9 @@ def guidance_step(
     """``impl="triton"`` of the op. A permuted latent is small: it is copied, so that one flat kernel serves all."""
     refuse_float64("guidance_step", latent, cond, uncond)
     out = latent.new_empty(latent.shape)
+    config = elementwise.select_flat(arch_for(latent), op="guidance_step", itemsize=cond.element_size())
     launch_fwd(
         latent.contiguous(), cond.contiguous(), None if uncond is None else uncond.contiguous(), out,
-        guidance_scale, sigma_next - sigma, elementwise.select_flat(arch_for(latent)),
+        guidance_scale, sigma_next - sigma, config,
     )  # fmt: skip
     return out

@@ -98,7 +98,7 @@ def layer_norm_modulate(
 ) -> Tensor:
     """``impl="triton"`` of the op."""
     refuse_float64("layer_norm_modulate", x, scale, shift, weight, bias)
-    config = row.select(arch_for(x), op="layer_norm_modulate", width=x.shape[-1])
+    config = row.select(arch_for(x), op="layer_norm_modulate", width=x.shape[-1], itemsize=x.element_size())
     y = x.new_empty(x.shape)
     launch_fwd(x, y, scale, shift, weight, bias, eps, config)
     return y
@@ -259,8 +259,8 @@ def layer_norm_modulate_backward(
     assert dy is not None
     refuse_float64("layer_norm_modulate_backward", dy, x, scale, shift, weight, bias)
     arch = arch_for(x)
-    config = row.select(arch, op="layer_norm_modulate_backward", width=x.shape[-1])
-    sum_config = row.select_sum(arch)
+    shape = {"op": "layer_norm_modulate_backward", "width": x.shape[-1], "itemsize": x.element_size()}
+    config, sum_config = row.select(arch, **shape), row.select_sum(arch, **shape)
     b, s, d = x.shape
     parameters = (scale, shift, weight, bias)
     # The partial sums take s tokens each, unless the argument has a value per token.

@@ -171,9 +171,8 @@ def _launch(
             f"qk_norm_rope: an odd head_dim ({q.shape[3]}) has no Triton kernel; use impl='reference'"
         )
     arch, whole_row = arch_for(q), norm == "across_heads"
-    q_config, k_config = (
-        configs.select(arch, heads=x.shape[2], head_dim=x.shape[3], whole_row=whole_row) for x in (q, k)
-    )
+    shape = {"op": "qk_norm_rope", "head_dim": q.shape[3], "whole_row": whole_row, "itemsize": q.element_size()}
+    q_config, k_config = (configs.select(arch, heads=x.shape[2], **shape) for x in (q, k))
     q_out, k_out = outputs or (q.new_empty(q.shape), k.new_empty(k.shape))
     stop = q.shape[1] if stop < 0 else stop
     launch_fwd(

@@ -170,9 +170,13 @@ def qk_norm_rope_backward(
     if q.shape[3] % 2:
         raise UnsupportedError(f"qk_norm_rope_backward: impl 'triton' has no odd head_dim ({q.shape[3]})")
     arch, whole_row, chunk = arch_for(q), norm == "across_heads", configs.tokens_per_chunk(arch_for(q))
-    q_config, k_config = (
-        configs.select(arch, heads=x.shape[2], head_dim=x.shape[3], whole_row=whole_row) for x in (q, k)
-    )
+    shape = {
+        "op": "qk_norm_rope_backward",
+        "head_dim": q.shape[3],
+        "whole_row": whole_row,
+        "itemsize": q.element_size(),
+    }
+    q_config, k_config = (configs.select(arch, heads=x.shape[2], **shape) for x in (q, k))
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     q_sums = [_sums(q, v, need, q_config, chunk) for v, need in ((q_weight, needs[2]), (q_bias, needs[4]))]
     k_sums = [_sums(k, v, need, k_config, chunk) for v, need in ((k_weight, needs[3]), (k_bias, needs[5]))]

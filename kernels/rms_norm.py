@@ -73,7 +73,7 @@ def launch_fwd(x: Tensor, y: Tensor, weight: Tensor | None, eps: float, config: 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``impl="triton"`` of the op."""
     refuse_float64("rms_norm", x, weight)
-    config = row.select(arch_for(x), op="rms_norm", width=x.shape[-1])
+    config = row.select(arch_for(x), op="rms_norm", width=x.shape[-1], itemsize=x.element_size())
     y = x.new_empty(x.shape)
     launch_fwd(x, y, weight, eps, config)
     return y
@@ -176,8 +176,8 @@ def rms_norm_backward(
     assert dy is not None
     refuse_float64("rms_norm_backward", dy, x, weight)
     arch = arch_for(x)
-    config = row.select(arch, op="rms_norm_backward", width=x.shape[-1])
-    sum_config = row.select_sum(arch)
+    shape = {"op": "rms_norm_backward", "width": x.shape[-1], "itemsize": x.element_size()}
+    config, sum_config = row.select(arch, **shape), row.select_sum(arch, **shape)
     dx = x.new_empty(x.shape) if needs[0] else None
     sums = None
     if needs[1] and weight is not None:

@@ -62,7 +62,7 @@ def launch_fwd(x: Tensor, y: Tensor, weight: Tensor, eps: float, silu: bool, con
 def rms_norm_silu(x: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     """``impl="triton"`` of the op."""
     refuse_float64("rms_norm_silu", x, weight)
-    config = configs.select(arch_for(x), width=x.shape[-1])
+    config = configs.select(arch_for(x), width=x.shape[-1], itemsize=x.element_size())
     y = x.new_empty(x.shape)
     launch_fwd(x, y, weight, eps, silu, config)
     return y

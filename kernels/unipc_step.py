@@ -103,8 +103,9 @@ def unipc_step(
     refuse_float64("unipc_step", sample, cond, uncond, last_sample, *history)
     inputs: list[Tensor | None] = [sample, cond, uncond, last_sample, *history, *[None] * (MAX_HISTORY - len(history))]
     outputs = tuple(sample.new_empty(sample.shape) for _ in range(3))
+    config = elementwise.select_flat(arch_for(sample), op="unipc_step", itemsize=cond.element_size())
     launch_fwd(
         [None if t is None else t.contiguous() for t in inputs], outputs,
-        guidance_scale, sigma, corrector, predictor, elementwise.select_flat(arch_for(sample)),
+        guidance_scale, sigma, corrector, predictor, config,
     )  # fmt: skip
     return outputs

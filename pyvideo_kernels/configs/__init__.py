@@ -1,34 +1,48 @@
 """Launch configurations: per op a frozen dataclass and a rule per architecture; tuned tables as JSON per GPU.
 
-``configs/<op>.py`` has ``select(arch, **shape) -> Config``. ``arch`` is ``"sm_90"``, ``"gfx942"``, … as
-`dispatch.arch_of` gives it, or ``"cpu"`` under the interpreter.
+``configs/<op>.py`` has ``select(arch, **shape) -> Config`` and ``candidates(arch, **shape)``, what is worth timing
+there. ``arch`` is ``"sm_90"``, ``"gfx942"``, … as `dispatch.arch_of` gives it, or ``"cpu"`` under the interpreter. As
+`arch_for` gives it, it knows its card too: ``select`` then answers from ``configs/<gpu>.json``, if that has the shape
+(see `tuned`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-_forced_arch: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_arch", default=None)
+from .tuned import Target as Target
+from .tuned import forced_config as forced_config
+from .tuned import slug
+
+_forced_arch: contextvars.ContextVar[Target | None] = contextvars.ContextVar("forced_arch", default=None)
 
 
-def arch_for(tensor: Tensor) -> str:
-    """Architecture that launchers choose their configuration for."""
-    forced = _forced_arch.get()
-    if forced is not None:
-        return forced
+def arch_for(tensor: Tensor) -> Target:
+    """Architecture, and card if there is one, that launchers choose their configuration for."""
+    return _forced_arch.get() or target_of(tensor.device)
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """Architecture and card of a device."""
     from ..dispatch import arch_of
 
-    return arch_of(tensor.device)
+    return Target(arch_of(device), slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
 
 
 @contextlib.contextmanager
-def forced_arch(arch: str) -> Iterator[None]:
-    """Choose configurations as for ``arch``, whatever is present: how kernels are checked without a GPU."""
-    token = _forced_arch.set(arch)
+def forced_arch(arch: str, gpu: str | None = None) -> Iterator[None]:
+    """Choose configurations as for ``arch``, whatever is present: how kernels are checked without a GPU.
+
+    ``gpu``: slug of the card whose table counts; None: rules alone.
+    """
+    token = _forced_arch.set(Target(arch, gpu))
     try:
         yield
     finally:

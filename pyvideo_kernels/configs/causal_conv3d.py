@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from ..errors import ValueOptionError
 from . import has_tma
+from .tuned import around, combinations, family, require
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,19 @@ class ConvConfig:
     num_stages: int
     descriptors: bool = False
 
+    def __post_init__(self) -> None:
+        require(self, powers=("block_h", "block_w"), tile=self.block_h * self.block_w * (self.block_n + self.block_n2))
+        require(self, powers=("block_k", "block_n"), at_least=16)
+        if self.block_h * self.block_w < 16:
+            raise ValueOptionError(f"ConvConfig: a box has at least 16 pixels; got {self.block_h} x {self.block_w}")
+        if self.block_n2:
+            require(self, powers=("block_n2",), at_least=16)
+
+    @property
+    def per_warp(self) -> float:
+        """Results that a warp holds."""
+        return self.block_h * self.block_w * (self.block_n + self.block_n2) / self.num_warps
+
 
 def split_channels(o: int) -> tuple[int, int]:
     """Output channels of one program. 96 and 192, Wan's widths, are no powers of two: 64 + 32 and 128 + 64."""
@@ -35,6 +51,7 @@ def split_channels(o: int) -> tuple[int, int]:
     return 128, 64
 
 
+@family("causal_conv3d", ConvConfig, limit=40)
 def select(arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> ConvConfig:
     """No spills and within shared memory everywhere (tests/static); ``aligned``: descriptors can address the views."""
     n, n2 = split_channels(o)
@@ -61,3 +78,27 @@ def _fp32(arch: str, block_k: int, n: int, n2: int, aligned: bool) -> ConvConfig
     if arch.startswith("gfx"):
         return ConvConfig(8, 8, min(block_k, 16), n, n2, 4, 2)
     return ConvConfig(8, 8, block_k, n, n2, 4, 3, descriptors=has_tma(arch) and aligned)
+
+
+@select.legality
+def illegal(config: ConvConfig, arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> str | None:
+    if config.descriptors and not aligned:
+        return "descriptors cannot address these views"
+    if config.descriptors and max(config.block_h, config.block_w, config.block_k, config.block_n) > 256:
+        return "a side of a descriptor's box must be at most 256"
+    return None
+
+
+@select.neighbourhood
+def candidates(arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, aligned: bool) -> Iterator[ConvConfig]:
+    splits = {(rule.block_n, rule.block_n2), *((n, 0) for n in (32, 64, 128, 256) if n < 2 * o)}
+    for n, n2 in sorted(splits):
+        yield from combinations(
+            replace(rule, block_n=n, block_n2=n2),
+            block_h=around(rule.block_h),
+            block_w=around(rule.block_w),
+            block_k=[k for k in around(rule.block_k) if k < 2 * c],
+            num_warps=[w for w in around(rule.num_warps) if w >= 4],
+            num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 2),
+            descriptors=(True, False) if aligned and has_tma(arch) else (False,),
+        )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from .tuned import around, combinations, family, require
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,16 @@ class Config:
     num_warps: int
     num_stages: int
 
+    def __post_init__(self) -> None:
+        require(self, powers=("block_m", "block_n", "block_k"), at_least=16, tile=self.block_m * self.block_n)
 
+    @property
+    def per_warp(self) -> float:
+        """Results that a warp holds."""
+        return self.block_m * self.block_n / self.num_warps
+
+
+@family("final_layer", Config, limit=40)
 def select(arch: str, *, features: int, itemsize: int, folded: bool) -> Config:
     """32 results a thread: storing a pixel takes an address each, and twice as many spill.
 
@@ -40,3 +52,20 @@ def select(arch: str, *, features: int, itemsize: int, folded: bool) -> Config:
     block_m = 32 if amd and block_n > 128 else 64
     num_warps = max(4, block_m * block_n // (32 * 32))
     return Config(folded, block_m, block_n, 32, num_warps, 2)
+
+
+@select.legality
+def illegal(config: Config, arch: str, *, features: int, itemsize: int, folded: bool) -> str | None:
+    return None if config.folded == folded else f"`folded` must be {folded} for this modulation and dtype"
+
+
+@select.neighbourhood
+def candidates(arch: str, rule: Config, *, features: int, itemsize: int, folded: bool) -> Iterator[Config]:
+    return combinations(
+        rule,
+        block_m=around(rule.block_m, steps=2),
+        block_n=[n for n in around(rule.block_n) if n < 2 * max(features, 16)],
+        block_k=around(rule.block_k),
+        num_warps=[n for n in around(rule.num_warps) if n >= 4],
+        num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 3),
+    )

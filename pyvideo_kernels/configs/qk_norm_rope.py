@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import UnsupportedError
+from .tuned import around, combinations, family, require
 
 MAX_TILE = 16384
 
@@ -17,6 +19,14 @@ class Config:
     block_half: int
     num_warps: int
 
+    def __post_init__(self) -> None:
+        require(self, powers=("block_heads", "block_half"), tile=self.tile)
+
+    @property
+    def per_warp(self) -> float:
+        """Elements that a warp holds."""
+        return self.tile / self.num_warps
+
     @property
     def tile(self) -> int:
         """Elements a program holds, padding included."""
@@ -27,12 +37,17 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def select(arch: str, *, heads: int, head_dim: int, whole_row: bool) -> Config:
+def _block_half(head_dim: int) -> int:
+    return max(_power_of_two((head_dim + 1) // 2), 4)
+
+
+@family("qk_norm_rope", Config, limit=12)
+def select(arch: str, *, op: str, heads: int, head_dim: int, whole_row: bool, itemsize: int) -> Config:
     """All heads where one statistic spans them; else about 2 KB of them, so that no lane is padding.
 
     Sixteen elements a thread keep two 16-byte loads in flight; more threads only on rows too wide for that.
     """
-    block_half = max(_power_of_two((head_dim + 1) // 2), 4)
+    block_half = _block_half(head_dim)
     block_heads = _power_of_two(heads)
     if not whole_row:
         # The largest power of two that divides the head count, if it is worth a program: 24 heads are three times 8.
@@ -50,6 +65,29 @@ def select(arch: str, *, heads: int, head_dim: int, whole_row: bool) -> Config:
     # More threads than pairs in a head: the compiler then loads a row that heads share in the layout of its use,
     # where it otherwise goes through shared memory and two barriers.
     return Config(block_heads, block_half, min(16, max(num_warps, 2 * block_half // threads)))
+
+
+@select.legality
+def illegal(
+    config: Config, arch: str, *, op: str, heads: int, head_dim: int, whole_row: bool, itemsize: int
+) -> str | None:
+    # One for q and k, which may differ in heads.
+    if config.block_half != _block_half(head_dim):
+        return f"`block_half` must be {_block_half(head_dim)} for head_dim {head_dim}"
+    if whole_row and config.block_heads < heads:
+        return f"`block_heads` must hold all {heads} heads, which share a statistic"
+    return None
+
+
+@select.neighbourhood
+def candidates(
+    arch: str, rule: Config, *, op: str, heads: int, head_dim: int, whole_row: bool, itemsize: int
+) -> Iterator[Config]:
+    return combinations(
+        rule,
+        block_heads=[rule.block_heads] if whole_row else around(rule.block_heads, steps=2),
+        num_warps=around(rule.num_warps, steps=3),
+    )
 
 
 def tokens_per_chunk(arch: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, ValueOptionError
+from .tuned import around, combinations, family, require
 
 MAX_WIDTH = 16384
 
@@ -17,8 +19,17 @@ class RowConfig:
     rows: int
     num_warps: int
 
+    def __post_init__(self) -> None:
+        require(self, powers=("block_d", "rows"), tile=self.block_d * self.rows)
 
-def select(arch: str, *, op: str, width: int) -> RowConfig:
+    @property
+    def per_warp(self) -> float:
+        """Elements that a warp holds."""
+        return self.block_d * self.rows / self.num_warps
+
+
+@family("row", RowConfig, limit=12)
+def select(arch: str, *, op: str, width: int, itemsize: int) -> RowConfig:
     """Enough elements in flight a thread (8 to 32) without spilling; several short rows share a program."""
     if width > MAX_WIDTH:
         raise UnsupportedError(f"{op}: rows of {width} exceed {MAX_WIDTH}; use impl='reference'")
@@ -30,6 +41,19 @@ def select(arch: str, *, op: str, width: int) -> RowConfig:
     return RowConfig(max(block_d, 16), rows, 1 << (num_warps.bit_length() - 1))
 
 
+@select.legality
+def illegal(config: RowConfig, arch: str, *, op: str = "", width: int, itemsize: int) -> str | None:
+    return None if config.block_d >= width else f"`block_d` must cover the row of {width}"
+
+
+def nearby(arch: str, rule: RowConfig, *, op: str = "", width: int, itemsize: int) -> Iterator[RowConfig]:
+    """Rows and warps; the tile's width is the row's."""
+    return combinations(rule, rows=around(rule.rows, steps=2), num_warps=around(rule.num_warps, steps=2))
+
+
+candidates = select.neighbourhood(nearby)
+
+
 @dataclass(frozen=True)
 class SumConfig:
     """Column sums over tokens: tiles of ``rows`` by ``block_d``, ``chunk`` tokens a program in a fixed order."""
@@ -39,9 +63,31 @@ class SumConfig:
     chunk: int
     num_warps: int
 
+    def __post_init__(self) -> None:
+        require(self, powers=("rows", "block_d", "chunk"), tile=self.rows * self.block_d)
+        if self.chunk < self.rows:
+            raise ValueOptionError(f"SumConfig: `chunk` must be a multiple of `rows`; got {self.chunk}, {self.rows}")
 
-def select_sum(arch: str) -> SumConfig:
+    @property
+    def per_warp(self) -> float:
+        """Elements that a warp holds of each sum."""
+        return self.rows * self.block_d / self.num_warps
+
+
+@family("sum", SumConfig, limit=12)
+def select_sum(arch: str, *, op: str, width: int, itemsize: int) -> SumConfig:
     """Sixteen elements a thread and accumulator; 32760 tokens of 1536 columns give 1536 programs."""
     if arch == "cpu":
         return SumConfig(2, 32, 4, 1)
     return SumConfig(16, 128, 256, 2 if arch.startswith("gfx") else 4)
+
+
+@select_sum.neighbourhood
+def candidates_sum(arch: str, rule: SumConfig, *, op: str, width: int, itemsize: int) -> Iterator[SumConfig]:
+    return combinations(
+        rule,
+        rows=around(rule.rows),
+        block_d=around(rule.block_d),
+        chunk=around(rule.chunk),
+        num_warps=around(rule.num_warps),
+    )
