@@ -2,32 +2,30 @@
 
 ``impl="auto"`` walks a fixed order per device and takes the first implementation that can run the request; an
 explicit ``impl`` runs or raises, it never falls back. A compiled kernel that nobody has run on an architecture is
-unverified there: ``auto`` runs it only after a small self-check against the float64 oracle passed on this card.
-No environment variable chooses a kernel.
+unverified there: ``auto`` runs it only after a small self-check against the float64 oracle passed on this card, for
+this dtype and head_dim. ``accelerate()`` and ``warmup()`` have the checks made before the first call; no check is made
+while torch.compile traces or a CUDA graph is captured. No environment variable chooses a kernel.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
-import hashlib
+import contextlib
 import importlib
-import json
 import os
-import sys
-import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import verdicts
 from .errors import DeviceError, UnsupportedError, ValueOptionError
 
 if TYPE_CHECKING:
+    from .recording import Recorder
     from .schemas import Op
 
 IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa")
@@ -39,7 +37,9 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 # (op, implementation) -> how often it ran; read by Report.calls().
 _calls: collections.Counter[tuple[str, str]] = collections.Counter()
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
-_lock = threading.Lock()
+# Re-entrant: a kernel under check may call another op.
+_lock = threading.RLock()
+_recorder: Recorder | None = None
 _warned: set[tuple[str, str]] = set()
 
 
@@ -116,6 +116,8 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
 
 
 def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
+    if _recorder is not None:
+        _recorder.note(op, inputs)
     if impl != "auto":
         check_runs_on(op, impl, tensor.device)
         result = load(op, impl)(*inputs)
@@ -124,7 +126,9 @@ def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
     reasons = []
     for candidate in order(op, tensor.device):
         try:
-            if not trusted(op, candidate, tensor):
+            if verdicts.needs_check(candidate) and not trusted(
+                op, candidate, tensor.device, tensor.dtype, op.head_dim(inputs)
+            ):
                 reasons.append(f"{candidate}: not verified on this device")
                 continue
             result = load(op, candidate)(*inputs)
@@ -158,16 +162,36 @@ def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
         except UnsupportedError as error:
             rows.append((impl, False, str(error)))
             continue
-        if not _needs_check(impl):
+        if not verdicts.needs_check(impl):
             rows.append((impl, True, _WHAT.get(impl, "built")))
         elif device.type == "cpu":
             rows.append((impl, True, "tested on this architecture"))
         else:
-            key = _check_key(op, impl, device, dtype)
-            verdict = _read_record().get(key)
-            text = {None: "unverified: self-check on first use", True: "self-check passed on this card"}
-            rows.append((impl, verdict is not False, text.get(verdict, "self-check failed on this card")))
+            rows.append((impl, *_standing(op, impl, device, dtype)))
     return rows
+
+
+def _standing(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether ``auto`` would try a kernel that needs a check, and what is known of it."""
+    arch = arch_of(device)
+    here = verdicts.head_dims_known(op, impl, arch, dtype)
+    passed = [head_dim for head_dim, verdict in here.items() if verdict]
+    failed = [head_dim for head_dim, verdict in here.items() if not verdict]
+    if failed:
+        return bool(passed), f"self-check failed on this card{_for(failed)}" + (
+            f", passed{_for(passed)}" if passed else ""
+        )
+    if passed:
+        return True, f"self-check passed on this card{_for(passed)}"
+    for head_dim in (None,) if op.heads is None else HEAD_DIMS:
+        if entry := verdicts.committed(op, impl, arch, dtype, head_dim):
+            return True, f"verified on {entry['gpu']}, {entry['date']}"
+    return True, "unverified: self-check on first use"
+
+
+def _for(head_dims: list[int | None]) -> str:
+    known = ", ".join(str(head_dim) for head_dim in head_dims if head_dim is not None)
+    return f" for head_dim {known}" if known else ""
 
 
 # Calls ---------------------------------------------------------------------------------------------------------
@@ -178,105 +202,96 @@ def calls() -> dict[tuple[str, str], int]:
     return dict(_calls)
 
 
+@contextlib.contextmanager
+def recording(limit: int = 4 << 30) -> Iterator[Recorder]:
+    """Keep the arguments of every kind of op call made inside, in any thread: see `recording.Recorder`.
+
+    Args:
+        limit: bytes of arguments that are kept, in host memory.
+    """
+    global _recorder
+    from .recording import Recorder
+
+    before, _recorder = _recorder, Recorder(limit)
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
 # Self-check ----------------------------------------------------------------------------------------------------
 
-_verdicts: dict[str, bool] = {}
+HEAD_DIMS = (64, 128)
+"""Those of the models this package knows; checked where nobody says which."""
+
+# (op, implementation, device, dtype, head_dim) -> verdict in this process.
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype, int | None], bool] = {}
 
 
-def _needs_check(impl: str) -> bool:
-    # The oracle and the library's own attention are not ours to verify; CPU code is covered by the test suite.
-    return impl in ("triton", "cuda")
-
-
-def _check_key(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    from . import __version__
-
-    build = f"{__version__} {_code()} torch {torch.__version__} {arch_of(device)}"
-    if impl == "triton" and (triton := sys.modules.get("triton")) is not None:
-        build += f" triton {triton.__version__}"
-    return f"{build} {op.name} {impl} {str(dtype).removeprefix('torch.')}"
-
-
-@functools.cache
-def _code() -> str:
-    """Digest of the kernels and their configurations: a verdict is about this code and no other."""
-    package = Path(__file__).parent
-    # In a checkout the sources of ``pyvideo_kernels.kernels`` lie beside the package.
-    places = [package / "kernels", package / "configs"]
-    if (package.parent / "csrc" / "module.cpp").is_file():
-        places.append(package.parent / "kernels")
-    files = sorted(file for place in places for file in place.glob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def record_path() -> Path:
-    """Where self-check verdicts are kept between processes."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "pyvideo-kernels" / "self_check.json"
-
-
-def _read_record() -> dict[str, bool]:
-    try:
-        return dict(json.loads(record_path().read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_record(key: str, verdict: bool) -> None:
-    path = record_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = _read_record() | {key: verdict}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
-        with os.fdopen(handle, "w") as file:
-            json.dump(record, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
-    except OSError:
-        pass  # a read-only home only costs a repeated check
-
-
-def trusted(op: Op, impl: str, tensor: Tensor) -> bool:
-    """Whether ``auto`` may run ``impl`` here; runs the self-check once per (op, impl, architecture, dtype)."""
-    if not _needs_check(impl) or tensor.device.type == "cpu":
+def trusted(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> bool:
+    """Whether ``auto`` may run ``impl`` here; makes the self-check if nothing is known yet and now is a time for it."""
+    if not verdicts.needs_check(impl) or device.type == "cpu":
         return True
+    settled = (op.name, impl, device, dtype, head_dim)
+    verdict = _verdicts.get(settled)
+    if verdict is not None:
+        return verdict
     load(op, impl)  # raises where there is nothing to verify, and imports the compiler whose version the key has
-    key = _check_key(op, impl, tensor.device, tensor.dtype)
-    verdict = _verdicts.get(key)
-    if verdict is None:
-        if torch.cuda.is_current_stream_capturing():
-            # A check synchronises, which a capture forbids: one eager call before it settles the verdict.
-            warn_once(
-                op.name, impl, f"{op.name}: impl {impl!r} is unverified on {arch_of(tensor.device)} and cannot be "
-                "checked during a CUDA graph capture, which goes on without it; call the op once before capturing"
-            )  # fmt: skip
-            return False
-        with _lock:
-            verdict = _verdicts.get(key)
-            if verdict is None:
-                verdict = _read_record().get(key)
-                if verdict is None:
-                    try:
-                        verdict = self_check(op, impl, tensor.device, tensor.dtype)
-                        _write_record(key, verdict)
-                    except UnsupportedError:
-                        # Not built or not installed here: the next implementation serves, and nothing is written,
-                        # for the next process may have it.
-                        verdict = False
-                    except torch.OutOfMemoryError:
-                        return False  # says nothing about the kernel; checked again at the next call
-                    except Exception as error:
-                        # A kernel that does not compile or launch must not take the run down. The driver or an
-                        # earlier failure may be to blame, so this too holds for this process alone.
-                        _warn_failed(op, impl, tensor.device, error)
-                        verdict = False
-                _verdicts[key] = verdict
+    arch = arch_of(device)
+    with _lock:
+        verdict = _verdicts.get(settled)
+        if verdict is None:
+            key = verdicts.key_of(op, impl, arch, dtype, head_dim)
+            verdict = verdicts.read().get(key)
+        if verdict is None and verdicts.committed(op, impl, arch, dtype, head_dim) is not None:
+            verdict = True
+        if verdict is None:
+            if occasion := _no_time_for_a_check(device):
+                warn_once(
+                    op.name, impl, f"{op.name}: impl {impl!r} is unverified on {arch} and cannot be checked "
+                    f"{occasion}, which goes on without it; accelerate() or warmup() on this device, or one call of "
+                    "the op, settles it before"
+                )  # fmt: skip
+                return False
+            try:
+                verdict = self_check(op, impl, device, dtype, head_dim)
+                verdicts.remember(key, verdict)
+            except UnsupportedError:
+                # Not built or not installed here: the next implementation serves, and nothing is written, for the
+                # next process may have it.
+                verdict = False
+            except torch.OutOfMemoryError:
+                return False  # says nothing about the kernel; checked again at the next call
+            except Exception as error:
+                # A kernel that does not compile or launch must not take the run down. The driver or an earlier
+                # failure may be to blame, so this too holds for this process alone.
+                _warn_failed(op, impl, device, error)
+                verdict = False
+        _verdicts[settled] = verdict
     return verdict
 
 
-def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _no_time_for_a_check(device: torch.device) -> str:
+    """Why a check cannot be made now, empty if it can.
+
+    A check allocates and waits for the device. A capture on this thread's stream forbids both. One on another thread
+    does too if it was begun in CUDA's global capture mode (``torch.cuda.graph``'s default), and cannot be seen from
+    here; any allocation would break it as well, so threads must not race with such a capture anyway.
+    """
+    if torch.compiler.is_compiling():
+        return "while torch.compile traces"
+    if device.type == "cuda" and _capturing(device):
+        return "during a CUDA graph capture"
+    return ""
+
+
+def _capturing(device: torch.device) -> bool:
+    # The current stream is one per device, and the call's device need not be the current one.
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> bool:
     """Whether ``impl`` is right on the op's sample inputs, against the float64 oracle; warns where it is not.
 
     Raises what ``impl`` raises where it cannot be checked at all.
@@ -284,7 +299,7 @@ def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> b
     from .testing.compare import Mismatch, check_op
 
     try:
-        check_op(op, impl, device, dtype)
+        check_op(op, impl, device, dtype, head_dim=head_dim)
     except Mismatch as error:
         _warn_failed(op, impl, device, error)
         return False
@@ -293,7 +308,17 @@ def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> b
 
 def _warn_failed(op: Op, impl: str, device: torch.device, error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}"
-    warn_once(op.name, impl, f"{op.name}: impl {impl!r} failed its self-check on {arch_of(device)}: {reason}")
+    warn_once(
+        op.name, impl, f"{op.name}: impl {impl!r} failed its self-check on {arch_of(device)}, and `auto` goes on to "
+        f"the next implementation: {reason}"
+    )  # fmt: skip
+
+
+def forget() -> None:
+    """Drop what this process knows of verdicts and has warned of; the records on disk stay."""
+    with _lock:
+        _verdicts.clear()
+        _warned.clear()
 
 
 def warn_once(op: str, impl: str, message: str) -> None:

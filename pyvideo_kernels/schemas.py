@@ -8,6 +8,7 @@ registers the ops under ``torch.ops.pyvideo``; it imports torch alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +31,18 @@ class Op:
     differentiable: tuple[str, ...] = ()
     # Order in which ``impl="auto"`` tries implementations, by device type; absent: dispatch.AUTO_ORDER.
     auto: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # The argument ``[B, S, heads, head_dim]`` of an op whose kernels are compiled for one head_dim; None: no such op.
+    heads: str | None = None
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Argument names in schema order, ``impl`` included."""
         inner = self.schema[1 : self.schema.index(")", self.schema.rindex("str impl"))]
         return tuple(part.split()[-1] for part in inner.split(", "))
+
+    def head_dim(self, args: Sequence[Any]) -> int | None:
+        """head_dim of a call's arguments, in schema order; None for an op that has none."""
+        return None if self.heads is None else int(args[self.arguments.index(self.heads)].shape[-1])
 
     def bind(self, **kwargs: Any) -> tuple[Any, ...]:
         """Positional arguments for an implementation (without ``impl``) from keywords."""
@@ -170,12 +177,14 @@ _ROWS: tuple[Op, ...] = (
         _qk_norm_rope,
         _impls("qk_norm_rope", "triton", "cpu"),
         differentiable=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
+        heads="q",
     ),
     Op(
         "qk_norm_rope_",
         f"(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
         _nothing,
         _impls("qk_norm_rope_", "triton", home="qk_norm_rope"),
+        heads="q",
     ),
     Op(
         "patch_embed3d",
@@ -201,6 +210,7 @@ _ROWS: tuple[Op, ...] = (
         _impls("spacetime_attention", "triton", "sdpa"),
         # Dense attention is handed to the library's kernel until ours is measured to be faster on a card.
         auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+        heads="q",
     ),
     Op(
         "rms_norm_silu",
@@ -247,6 +257,7 @@ def _backward_row(op: Op) -> Op:
         f"(Tensor?[] grads, {arguments}, bool[] needs, str impl) -> Tensor[]",
         fake,
         {"reference": f"pyvideo_kernels.reference.{op.name}:{op.name}_backward"},
+        heads=op.heads,
     )
 
 
@@ -300,8 +311,8 @@ for _row in _ROWS:
     if _row.differentiable:
         _back = _backward_row(_row)
         if _row.name in _TRITON_BACKWARDS:
-            _back = Op(_back.name, _back.schema, _back.fake,
-                       {**_back.impls, "triton": f"pyvideo_kernels.kernels.{_row.name}:{_back.name}"})  # fmt: skip
+            _places = {**_back.impls, "triton": f"pyvideo_kernels.kernels.{_row.name}:{_back.name}"}
+            _back = dataclasses.replace(_back, impls=_places)
         OPS[_back.name] = _back
         _register(_back)
         _register_autograd(_row)

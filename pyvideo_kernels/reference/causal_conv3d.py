@@ -11,6 +11,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from . import compute_dtype, generator, randn, up
 
+# Operands of the product that a kernel may compute in TF32, where torch.backends.cudnn allows that.
+TF32_OPERANDS = ("x", "weight", "cache")
+
 
 def check_pad_mode(pad_mode: str) -> None:
     """Zeros are the padding that exists so far."""

@@ -176,8 +176,17 @@ def qk_norm_rope_backward(
     return [g for g, need in zip(every, needs, strict=True) if need and g is not None]
 
 
-def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Each model family's use: packed QKV, grouped heads, text beside video, tables a head, cross-attention."""
+def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
+    """Each model family's use: packed QKV, grouped heads, text beside video, tables a head, cross-attention.
+
+    ``head_dim``: that of all samples (an odd one leaves those without rotation); None: each has its own.
+    """
+    for kwargs in _samples(dtype, head_dim):
+        if kwargs["cos"] is None or kwargs["q"].shape[-1] % 2 == 0:
+            yield kwargs
+
+
+def _samples(dtype: torch.dtype, head_dim: int | None) -> Iterator[dict[str, Any]]:
     g = generator()
     f32 = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -191,6 +200,9 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         return {f"{name}_{kind}": randn(size, dtype=dtype, g=g, scale=0.3, mean=mean[kind])
                 for kind in kinds for name, size in (("q", n), ("k", m))}  # fmt: skip
 
+    def dim(own: int) -> int:
+        return own if head_dim is None else head_dim
+
     names = ("q_weight", "k_weight", "q_bias", "k_bias", "cos", "sin")
     plain: dict[str, Any] = {
         **dict.fromkeys(names),
@@ -202,24 +214,31 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         "eps": 1e-6,
     }
     # Wan: q and k are views of one packed projection; one table for all heads and batches.
-    qkv = randn(2, 3, 3, 3, 16, dtype=dtype, g=g)
-    yield {**plain, "q": qkv[:, :, 0], "k": qkv[:, :, 1], **vectors(48, 48, "weight"), **table(1, 3, 1, 16)}
+    d = dim(16)
+    qkv = randn(2, 3, 3, 3, d, dtype=dtype, g=g)
+    yield {**plain, "q": qkv[:, :, 0], "k": qkv[:, :, 1], **vectors(3 * d, 3 * d, "weight"), **table(1, 3, 1, d)}
     # Grouped heads, one statistic a head, rotate-half tables of two dimensions, a head_dim that is no power of two.
-    q, k = randn(1, 2, 12, 12, dtype=dtype, g=g), randn(1, 2, 3, 12, dtype=dtype, g=g)
-    weights = vectors(12, 12, "weight", dtype=f32)
-    yield {**plain, "q": q, "k": k, "norm": "per_head", **weights, **table(2, 12, layout="half")}
+    d = dim(12)
+    q, k = randn(1, 2, 12, d, dtype=dtype, g=g), randn(1, 2, 3, d, dtype=dtype, g=g)
+    weights = vectors(d, d, "weight", dtype=f32)
+    yield {**plain, "q": q, "k": k, "norm": "per_head", **weights, **table(2, d, layout="half")}
     # CogVideoX: affine layer norm a head, text first, heads before tokens in memory.
-    q, k = (randn(1, 2, 5, 16, dtype=dtype, g=g, mean=2.0).transpose(1, 2) for _ in range(2))
-    weights = vectors(16, 16, "weight", "bias")
-    yield {**plain, "q": q, "k": k, "norm": "per_head", "norm_type": "layer", **weights, **table(2, 16),
+    d = dim(16)
+    q, k = (randn(1, 2, 5, d, dtype=dtype, g=g, mean=2.0).transpose(1, 2) for _ in range(2))
+    weights = vectors(d, d, "weight", "bias")
+    yield {**plain, "q": q, "k": k, "norm": "per_head", "norm_type": "layer", **weights, **table(2, d),
            "rotary_start": 3}  # fmt: skip
     # LTX: tables that differ by head and batch entry; text after the video, unequal lengths.
-    q, k = randn(2, 2, 2, 8, dtype=dtype, g=g), randn(2, 3, 2, 8, dtype=dtype, g=g)
-    yield {**plain, "q": q, "k": k, **vectors(16, 16, "weight"), **table(2, 1, 2, 8), "rotary_stop": 1, "eps": 1e-5}
+    d = dim(8)
+    q, k = randn(2, 2, 2, d, dtype=dtype, g=g), randn(2, 3, 2, d, dtype=dtype, g=g)
+    weights = vectors(2 * d, 2 * d, "weight")
+    yield {**plain, "q": q, "k": k, **weights, **table(2, 1, 2, d), "rotary_stop": 1, "eps": 1e-5}
     # Cross-attention: other lengths, no rotation; one token.
-    q, k = randn(1, 1, 3, 6, dtype=dtype, g=g), randn(1, 4, 3, 6, dtype=dtype, g=g)
-    yield {**plain, "q": q, "k": k, **vectors(18, 18, "weight")}
+    d = dim(6)
+    q, k = randn(1, 1, 3, d, dtype=dtype, g=g), randn(1, 4, 3, d, dtype=dtype, g=g)
+    yield {**plain, "q": q, "k": k, **vectors(3 * d, 3 * d, "weight")}
     # Rotation alone, and a layer norm across heads without affine.
-    yield {**plain, "q": q, "k": q.clone(), "norm": "none", **table(1, 1, 1, 6, layout="half")}
-    q, k = (randn(1, 2, 2, 10, dtype=dtype, g=g, mean=3.0) for _ in range(2))
-    yield {**plain, "q": q, "k": k, "norm_type": "layer", **table(1, 2, 1, 10)}
+    yield {**plain, "q": q, "k": q.clone(), "norm": "none", **table(1, 1, 1, d, layout="half")}
+    d = dim(10)
+    q, k = (randn(1, 2, 2, d, dtype=dtype, g=g, mean=3.0) for _ in range(2))
+    yield {**plain, "q": q, "k": k, "norm_type": "layer", **table(1, 2, 1, d)}

@@ -127,9 +127,16 @@ def spacetime_attention(
     return out, lse
 
 
-def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Ragged grids, one token, odd head dims, grouped heads, packed and permuted views, text on both sides."""
+def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
+    """Ragged grids, one token, odd head dims, grouped heads, packed and permuted views, text on both sides.
+
+    ``head_dim``: that of all samples; None: each has its own.
+    """
     g = generator()
+
+    def dim(own: int) -> int:
+        return own if head_dim is None else head_dim
+
     dense: dict[str, Any] = {
         "window": None, "stride": (1, 1, 1), "causal_time": False, "text_len": 0, "text_side": "suffix",
         "kv_lens": None, "return_lse": True, "precision": "native",
@@ -140,21 +147,21 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         k, v = (randn(b, s, groups, d, dtype=dtype, g=g) for _ in range(2))
         return {"q": q, "k": k, "v": v, "scale": d**-0.5}
 
-    yield {**dense, **separate(1, 1, 1, 1, 64), "grid": (1, 1, 1), "return_lse": False}
+    yield {**dense, **separate(1, 1, 1, 1, dim(64)), "grid": (1, 1, 1), "return_lse": False}
     # A packed [B, S, 3, heads, D] projection with unused columns: rows far apart, unequal strides.
-    packed = randn(2, 105, 4, 3, 40, dtype=dtype, g=g)
+    packed = randn(2, 105, 4, 3, dim(40), dtype=dtype, g=g)
     q, k, v = packed[:, :, 0], packed[:, :, 1], packed[:, :, 3]
-    yield {**dense, "q": q, "k": k, "v": v, "scale": 40**-0.5, "grid": (3, 5, 7)}
+    yield {**dense, "q": q, "k": k, "v": v, "scale": dim(40) ** -0.5, "grid": (3, 5, 7)}
     # Grouped heads, text after the video with one row that has none; and before it.
     lens = torch.tensor([5, 0], dtype=torch.int32)
-    yield {**dense, **separate(2, 39, 4, 2, 64), "grid": (1, 4, 8), "text_len": 7, "kv_lens": lens}
+    yield {**dense, **separate(2, 39, 4, 2, dim(64)), "grid": (1, 4, 8), "text_len": 7, "kv_lens": lens}
     text = {"text_len": 37, "text_side": "prefix", "kv_lens": torch.tensor([33])}
-    yield {**dense, **separate(1, 127, 1, 1, 128), "grid": (2, 5, 9), **text}
+    yield {**dense, **separate(1, 127, 1, 1, dim(128)), "grid": (2, 5, 9), **text}
     # Heads outermost in memory (a transposed view), and logits to about ±60.
-    q, k, v = (randn(1, 3, 20, 64, dtype=dtype, g=g).transpose(1, 2) for _ in range(3))
+    q, k, v = (randn(1, 3, 20, dim(64), dtype=dtype, g=g).transpose(1, 2) for _ in range(3))
     yield {**dense, "q": q, "k": k, "v": v, "scale": 0.1, "grid": (5, 2, 2), "return_lse": False}
-    wide = separate(1, 33, 1, 1, 64, scale=16.0)
+    wide = separate(1, 33, 1, 1, dim(64), scale=16.0)
     yield {**dense, **wide, "grid": (3, 1, 11)}
     # Text alone, none of it valid: zeros and -inf.
     nothing = {"text_len": 3, "kv_lens": torch.tensor([0, 2])}
-    yield {**dense, **separate(2, 3, 1, 1, 64, scale=8.0), "grid": (0, 0, 0), **nothing}
+    yield {**dense, **separate(2, 3, 1, 1, dim(64), scale=8.0), "grid": (0, 0, 0), **nothing}

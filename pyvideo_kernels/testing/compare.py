@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .conditions import Surrounded, copy_layout, poisoned, products, surround, truncate_tf32
 
 if TYPE_CHECKING:
     from ..schemas import Op
@@ -67,14 +68,20 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def samples(op: Op, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
-    """The op's sample inputs: small, ragged, strided, with modulation and without. Kept beside its oracle."""
+def samples(
+    op: Op, dtype: torch.dtype, device: torch.device | str = "cpu", head_dim: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The op's sample inputs: small, ragged, strided, with modulation and without. Kept beside its oracle.
+
+    ``head_dim``: of every sample, for the ops that have one; None: a mix.
+    """
     module = importlib.import_module(op.impls["reference"].partition(":")[0])
     forward = op.name.removesuffix("_backward")
-    for kwargs in module.samples(dtype):
+    size = {} if op.heads is None or head_dim is None else {"head_dim": head_dim}
+    for kwargs in module.samples(dtype, **size):
         if forward != op.name:
             kwargs = _with_gradients(getattr(module, forward), forward, kwargs)
-        yield {name: _move(value, torch.device(device)) for name, value in kwargs.items()}
+        yield {name: move(value, torch.device(device)) for name, value in kwargs.items()}
 
 
 def _with_gradients(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -88,15 +95,12 @@ def _with_gradients(function: Callable[..., Any], name: str, kwargs: dict[str, A
     return {"grads": grads, **kwargs, "needs": [kwargs[n] is not None for n in op.differentiable]}
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors (in lists too) on ``device``, with their strides; everything else unchanged."""
     if isinstance(value, Tensor):
-        if device.type == "cpu":
-            return value
-        # Keep the strides: a strided view is often what a sample is about.
-        out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return out.copy_(value)
+        return value if value.device == device else copy_layout(value, device)
     if isinstance(value, (list, tuple)):
-        return type(value)(_move(item, device) for item in value)
+        return type(value)(move(item, device) for item in value)
     return value
 
 
@@ -107,6 +111,67 @@ def _out_of_place(op: Op) -> Op | None:
     return OPS[op.name[:-1]] if op.name.endswith("_") else None
 
 
+def product_modes(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """How fp32 products are to be computed in a check: IEEE, and TF32 too where the kernel follows that switch.
+
+    Every kernel multiplies fp32 exactly (``input_precision="ieee"``), except the convolution on NVIDIA: TF32 where
+    cuDNN would be allowed it, three TF32 products in place of one otherwise. An oracle names the operands of such a
+    product in ``TF32_OPERANDS``.
+    """
+    follows = impl == "triton" and device.type == "cuda" and dtype == torch.float32 and bool(_tf32_operands(op))
+    return ("ieee", "tf32") if follows and not torch.version.hip else ("ieee",)
+
+
+def _tf32_operands(op: Op) -> tuple[str, ...]:
+    module = importlib.import_module(op.impls["reference"].partition(":")[0])
+    return tuple(getattr(module, "TF32_OPERANDS", ()))
+
+
+def check_call(
+    op: Op, impl: str, args: tuple[Any, ...], label: str, call: Callable[..., Any] | None = None, mode: str = "ieee"
+) -> None:
+    """Run ``impl`` on one call's arguments, surrounded by poison, and apply the rule.
+
+    In-place ops are judged by what they leave in their arguments: the oracle's out-of-place twin is used.
+
+    Args:
+        args: in schema order without ``impl``; they are copied and stay as they are.
+        label: names the call in a Mismatch.
+        mode: one of ``product_modes``. In TF32 the yardstick is eager's error with the operands cut to TF32.
+    Raises:
+        Mismatch: the rule is broken, or the kernel wrote where it must not.
+        Whatever ``impl`` raises.
+    """
+    from .. import dispatch
+
+    call = call or dispatch.load(op, impl)
+    twin = _out_of_place(op)
+    reference = dispatch.load(twin or op, "reference")
+    with products(conv=mode):
+        surrounded: list[tuple[str, Surrounded]] = []
+        given = tuple(surround(arg, surrounded, n) for n, arg in zip(op.arguments[:-1], args, strict=True))
+        with poisoned():
+            returned = call(*given)
+        with products():
+            outputs = _as_tuple(reference(*to_float64(args)))
+            rounded = args
+            if mode == "tf32":
+                cut = _tf32_operands(op)
+                rounded = tuple(
+                    truncate_tf32(arg) if n in cut and isinstance(arg, Tensor) else arg
+                    for n, arg in zip(op.arguments[:-1], args, strict=True)
+                )
+            eager = _as_tuple(reference(*rounded))
+    # What an in-place op writes over comes first in its schema.
+    got = _as_tuple(returned) if twin is None else given[: len(outputs)]
+    for position, (out, ref64, low) in enumerate(zip(got, outputs, eager, strict=True)):
+        if isinstance(ref64, Tensor):
+            assert_close(out, ref64, low, f"{label} output {position}")
+    for index, (name, copy) in enumerate(surrounded):
+        if damage := copy.damage(written=twin is not None and index < len(outputs)):
+            raise Mismatch(f"{label}: the kernel wrote over `{name}`: {damage}")
+
+
 def check_op(
     op: Op,
     impl: str,
@@ -115,34 +180,25 @@ def check_op(
     call: Callable[..., Any] | None = None,
     *,
     partial: bool = False,
+    head_dim: int | None = None,
 ) -> int:
     """Run every sample of ``op`` through ``impl`` and apply the rule; returns how many samples were checked.
 
-    In-place ops are judged by what they leave in their arguments: the oracle's out-of-place twin is used.
-    ``partial``: samples that ``impl`` refuses are left out, as long as one is not.
+    Arguments lie in poison, fresh memory is NaN, and fp32 products are fixed (``conditions``).
+    ``partial``: samples that ``impl`` refuses are left out, as long as one is not. ``head_dim``: as for `samples`.
     """
-    from .. import dispatch
-
-    call = call or dispatch.load(op, impl)
-    twin = _out_of_place(op)
-    reference = dispatch.load(twin or op, "reference")
+    device = torch.device(device)
     count = 0
-    for index, kwargs in enumerate(samples(op, dtype, device)):
-        args = op.bind(**kwargs)
-        outputs = _as_tuple(reference(*to_float64(args)))
-        eager = _as_tuple(reference(*args))
-        try:
-            returned = call(*args)
-        except UnsupportedError:
-            if not partial:
-                raise
-            continue
-        # What an in-place op writes over comes first in its schema.
-        got = _as_tuple(returned) if twin is None else args[: len(outputs)]
-        for position, (out, ref64, low) in enumerate(zip(got, outputs, eager, strict=True)):
-            if isinstance(ref64, Tensor):
-                assert_close(out, ref64, low, f"{op.name} sample {index} output {position}")
-        count += 1
+    for mode in product_modes(op, impl, device, dtype):
+        for index, kwargs in enumerate(samples(op, dtype, device, head_dim)):
+            label = f"{op.name} sample {index}" + (" with TF32 products" if mode == "tf32" else "")
+            try:
+                check_call(op, impl, op.bind(**kwargs), label, call, mode)
+            except UnsupportedError:
+                if not partial:
+                    raise
+                continue
+            count += 1
     if not count:
         raise UnsupportedError(f"{op.name}: impl {impl!r} refuses every sample")
     return count

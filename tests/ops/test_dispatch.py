@@ -9,75 +9,105 @@ import torch
 import triton
 
 import pyvideo_kernels as pv
-from pyvideo_kernels import dispatch
+from pyvideo_kernels import dispatch, verdicts
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing import compare
 
-CARD = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+CARD = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
-    """A card that never ran anything: the check is replaced, its record is empty. Set ``card.outcome``."""
-    state = SimpleNamespace(outcome=None, checks=0, capturing=False)
+    """A card that never ran anything: the check is replaced, its records are empty. Set ``card.outcome``."""
+    state = SimpleNamespace(outcome=None, checks=[], capturing=False)
 
-    def check(*_):
-        state.checks += 1
+    def check(op, impl, device, dtype, *, head_dim=None):
+        state.checks.append((op.name, impl, dtype, head_dim))
         if state.outcome is not None:
             raise state.outcome
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(verdicts, "VERIFIED", tmp_path / "verified.json")
     monkeypatch.setattr(dispatch, "_verdicts", {})
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(dispatch, "_capturing", lambda device: state.capturing)
     monkeypatch.setattr(compare, "check_op", check)
     return state
 
 
-def _trusted():
-    return dispatch.trusted(OPS["rms_norm"], "triton", CARD)
+def _trusted(name="rms_norm", impl="triton", dtype=torch.bfloat16, head_dim=None):
+    return dispatch.trusted(OPS[name], impl, CARD, dtype, head_dim)
 
 
 def _recorded():
-    path = dispatch.record_path()
+    path = verdicts.record_path()
     return list(json.loads(path.read_text()).values()) if path.exists() else []
 
 
-def test_a_right_kernel_is_checked_once_and_remembered(card, monkeypatch):
-    assert _trusted() and _trusted() and card.checks == 1 and _recorded() == [True]
-    monkeypatch.setattr(dispatch, "_verdicts", {})  # the next process
-    assert _trusted() and card.checks == 1
+def test_a_right_kernel_is_checked_once_and_remembered(card):
+    assert _trusted() and _trusted() and len(card.checks) == 1 and _recorded() == [True]
+    dispatch.forget()  # the next process
+    assert _trusted() and len(card.checks) == 1
 
 
-def test_a_wrong_kernel_is_never_run_again(card, monkeypatch):
+def test_a_wrong_kernel_is_never_run_again(card):
     card.outcome = compare.Mismatch("off by one")
-    with pytest.warns(RuntimeWarning, match="failed its self-check on sm_90.*off by one"):
+    with pytest.warns(RuntimeWarning, match="rms_norm: impl 'triton' failed its self-check on sm_90.*off by one"):
         assert not _trusted()
-    monkeypatch.setattr(dispatch, "_verdicts", {})
-    assert not _trusted() and card.checks == 1 and _recorded() == [False]
+    dispatch.forget()
+    assert not _trusted() and len(card.checks) == 1 and _recorded() == [False]
+
+
+def test_each_dtype_and_each_head_dim_has_its_own_check(card):
+    assert _trusted() and _trusted(dtype=torch.float16)
+    assert _trusted("spacetime_attention", head_dim=64)
+    card.outcome = compare.Mismatch("wrong tile")
+    with pytest.warns(RuntimeWarning, match="spacetime_attention"):
+        assert not _trusted("spacetime_attention", head_dim=128)
+    dispatch.forget()
+    assert _trusted("spacetime_attention", head_dim=64) and not _trusted("spacetime_attention", head_dim=128)
+    assert [head_dim for *_, head_dim in card.checks] == [None, None, 64, 128]
+    known = dispatch.explain(OPS["spacetime_attention"], CARD)
+    assert known[1] == ("triton", True, "self-check failed on this card for head_dim 128, passed for head_dim 64")
+
+
+def test_head_dim_is_read_from_the_call():
+    kwargs = next(compare.samples(OPS["qk_norm_rope_backward"], torch.float32, head_dim=24))
+    for name in ("qk_norm_rope", "qk_norm_rope_", "qk_norm_rope_backward"):
+        own = {key: value for key, value in kwargs.items() if key in OPS[name].arguments}
+        assert OPS[name].head_dim(OPS[name].bind(**own)) == 24
+    assert OPS["rms_norm"].head_dim((torch.zeros(2, 3), None, 1e-6)) is None
+    for name in ("spacetime_attention", "qk_norm_rope"):
+        assert {kwargs["q"].shape[-1] for kwargs in compare.samples(OPS[name], torch.float32, head_dim=40)} == {40}
+
+
+def test_odd_head_dims_have_samples_that_are_not_rotated():
+    cases = list(compare.samples(OPS["qk_norm_rope"], torch.float32, head_dim=7))
+    assert cases and all(case["cos"] is None for case in cases)
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "value"), [(dispatch, "_code", lambda: "edited"), (triton, "__version__", "9")]
+    ("owner", "name", "value"), [(verdicts, "digest", lambda op, impl: "edited"), (triton, "__version__", "9")]
 )
 def test_a_verdict_is_about_this_code_and_this_compiler(card, monkeypatch, owner, name, value):
-    assert _trusted() and card.checks == 1
+    assert _trusted() and len(card.checks) == 1
+    dispatch.forget()
     monkeypatch.setattr(owner, name, value)
-    assert _trusted() and card.checks == 2
+    assert _trusted() and len(card.checks) == 2
 
 
 @pytest.mark.parametrize("outcome", [UnsupportedError("not built"), RuntimeError("CUDA error")])
-def test_a_check_that_could_not_run_is_no_verdict_for_the_next_process(card, monkeypatch, outcome):
+def test_a_check_that_could_not_run_is_no_verdict_for_the_next_process(card, outcome):
     card.outcome = outcome
     with warnings.catch_warnings():
         # An extension that is not built is nothing to warn about.
         warnings.simplefilter("error" if isinstance(outcome, UnsupportedError) else "ignore")
         assert not _trusted() and not _trusted()
-    assert card.checks == 1 and _recorded() == []
+    assert len(card.checks) == 1 and _recorded() == []
     card.outcome = None
-    monkeypatch.setattr(dispatch, "_verdicts", {})
+    dispatch.forget()
     assert _trusted()
 
 
@@ -90,11 +120,21 @@ def test_no_memory_for_the_check_postpones_it(card):
 
 def test_an_unverified_kernel_is_left_out_of_a_capture_and_that_is_said(card):
     card.capturing = True
-    with pytest.warns(RuntimeWarning, match="before capturing"):
+    with pytest.warns(RuntimeWarning, match="rms_norm.*cannot be checked during a CUDA graph capture.*warmup"):
         assert not _trusted()
-    assert card.checks == 0
+    assert not card.checks
     card.capturing = False
     assert _trusted()
+    dispatch.forget()
+    card.capturing = True
+    assert _trusted()  # settled before
+
+
+def test_no_check_while_torch_compile_traces(card, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.warns(RuntimeWarning, match="while torch.compile traces"):
+        assert not _trusted()
+    assert not card.checks
 
 
 @pytest.mark.parametrize("name", ["patch_embed3d", "final_layer", "spacetime_attention", "causal_conv3d"])
