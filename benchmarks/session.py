@@ -1,0 +1,289 @@
+"""The variants of one run: each warmed and checked, then timed in turns, then looked into; rows at any moment.
+
+A variant that cannot run, runs out of memory or gives a broken video becomes a row with its error; the others go on.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyvideo_kernels import dispatch
+
+from . import quality
+from .clips import Clip, Clock, peak_memory, ratios, run_clip, seconds, turns
+from .variants import BASE, Built, Variant, build
+
+OnEvent = Callable[[str, "Entry"], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on its device, and the inputs that every variant gets.
+
+    Args:
+        inputs: ``inputs(steps)`` -> keyword arguments of ``pipe.__call__`` for latents as a tuple, anew for each clip:
+            generators have a state. None: the steps that are timed.
+        decode: ``decode(pipe, latents)`` -> ``[1, 3, frames, height, width]`` in [-1, 1]; None: latents are the end.
+    """
+
+    pipe: Any
+    inputs: Callable[[int | None], dict[str, Any]]
+    decode: Callable[[Any, Tensor], Tensor] | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int = 0
+
+
+@dataclass
+class Entry:
+    """A variant on its way to a row."""
+
+    variant: Variant
+    built: Built | None = None
+    error: str | None = None
+    broken: bool = False
+    first: float | None = None
+    clips: list[Clip] = field(default_factory=list)
+    own_memory: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> bool:
+        return self.built is not None and self.error is None
+
+
+class Session:
+    """Runs ``variants`` of ``source``; ``rows()`` is what is known so far.
+
+    Args:
+        source: the model and its inputs; its pipeline stays as it is.
+        variants: the first one is the base of ratios and quality.
+        float32: measure errors against the model in float32.
+        clock: what the clips are timed with.
+        on_event: called as things happen: ``warm``, ``failed``, ``round``, ``breakdown``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        variants: Sequence[Variant],
+        *,
+        float32: bool = True,
+        clock: Clock | None = None,
+        on_event: OnEvent = lambda event, entry: None,
+    ) -> None:
+        self.source = source
+        self.entries = [Entry(variant) for variant in variants]
+        self.float32 = float32
+        self.clock = clock or Clock(source.device)
+        self.on_event = on_event
+        self.resident = self.clock.allocated() or 0
+        self._frames: np.ndarray | None = None
+        self._latents: Tensor | None = None
+        self._call: Any = None
+        self._float32_velocity: Tensor | None = None
+        self._base_error = 0.0
+
+    @property
+    def base(self) -> Entry:
+        return self.entries[0]
+
+    def run(self, rounds: int) -> None:
+        """Everything, in order."""
+        for entry in self.entries:
+            self._guarded(entry, self.warm)
+        for number in range(rounds):
+            for entry in turns([entry for entry in self.entries if entry.runs], number):
+                self._guarded(entry, self.time)
+                if entry.runs:
+                    self.on_event("round", entry)
+        for entry in self.entries:
+            if entry.runs:
+                self.look_into(entry)
+                self.on_event("breakdown", entry)
+
+    def _guarded(self, entry: Entry, work: Callable[[Entry], None]) -> None:
+        try:
+            work(entry)
+        except Exception as error:
+            entry.error = describe(error)
+            entry.broken = isinstance(error, quality.BrokenVideo)
+        if entry.error is not None:
+            # Outside the except clause: the traceback held on to the frames and their tensors.
+            entry.built = None
+            entry.clips.clear()
+            gc.collect()
+            if self.source.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.on_event("failed", entry)
+
+    # One variant ------------------------------------------------------------------------------------------------
+
+    def _clip(self, built: Built) -> Clip:
+        torch.manual_seed(self.source.seed)
+        return run_clip(built.pipe, self.source.inputs(None), self.source.decode, self.clock)
+
+    def warm(self, entry: Entry) -> None:
+        """Build a variant, run its first clip, check its video and compare it with the base's."""
+        before, calls = self.clock.allocated() or 0, dispatch.calls()
+        graphs = _graphs() if entry.variant.compile is not None else None
+        built = build(self.source.pipe, entry.variant)
+        entry.facts["notes"] = list(built.notes)
+        if entry is self.base and self.float32:
+            caught: list[Clip] = []
+            self._call = quality.first_call(built.pipe.transformer, lambda: caught.append(self._clip(built)))
+            clip = caught[0]
+        else:
+            clip = self._clip(built)
+        entry.first = clip.total
+        entry.facts["calls"] = _new_calls(calls)
+        entry.facts["fallbacks"] = built.report.fallbacks() if built.report else {}
+        if graphs is not None:
+            entry.facts["compiled"] = _new_graphs(graphs)
+        self._check(clip)
+        entry.facts["quality"] = self._quality(entry, built, clip)
+        clip.latents = clip.video = None
+        gc.collect()
+        entry.own_memory = max((self.clock.allocated() or 0) - before, 0)
+        entry.built = built
+        self.on_event("warm", entry)
+
+    def _check(self, clip: Clip) -> None:
+        assert clip.latents is not None
+        quality.check_finite("latents", clip.latents)
+        if clip.video is not None:
+            quality.check_finite("decoded video", clip.video)
+
+    def _quality(self, entry: Entry, built: Built, clip: Clip) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        assert clip.latents is not None
+        frames = None if clip.video is None else quality.frames(clip.video)
+        if entry is self.base:
+            self._latents, self._frames = clip.latents.cpu(), frames
+        if self._latents is not None:
+            out["latents_error"] = quality.relative_error(clip.latents.cpu(), self._latents)
+        if frames is not None and self._frames is not None:
+            out |= quality.compare_videos(frames, self._frames)
+        if self._call is not None:
+            try:
+                out |= self._float32_error(entry, built)
+            except (RuntimeError, MemoryError) as error:  # the video and the timings stand without it
+                entry.facts["notes"].append(f"no error against float32: {describe(error)}")
+                if entry is self.base:
+                    self._call = None
+        return out
+
+    def _float32_error(self, entry: Entry, built: Built) -> dict[str, float]:
+        velocity = quality.velocity(built.pipe.transformer, self._call)
+        if entry is self.base:
+            reference = velocity
+            if self.source.dtype != torch.float32:
+                reference = quality.float32_velocity(built.pipe.transformer, self._call)
+            self._float32_velocity = reference.cpu()
+            self._base_error = quality.relative_error(velocity, self._float32_velocity)
+        assert self._float32_velocity is not None
+        error = quality.relative_error(velocity, self._float32_velocity)
+        return {"float32_error": error, "eager_float32_error": self._base_error}
+
+    def time(self, entry: Entry) -> None:
+        """One timed clip."""
+        assert entry.built is not None
+        graphs = _graphs() if entry.variant.compile is not None else None
+        clip = self._clip(entry.built)
+        self._check(clip)
+        clip.latents = clip.video = None
+        entry.clips.append(clip)
+        if graphs is not None:
+            entry.facts["compiled"]["recompiles"] += _graphs()["graphs"] - graphs["graphs"]
+
+    def look_into(self, entry: Entry) -> None:
+        """Where the time goes: one denoising step and one decode under the profiler, outside the timings."""
+        from . import profile
+
+        assert entry.built is not None
+        pipe, decode = entry.built.pipe, self.source.decode
+
+        def step() -> Tensor:
+            latents: Tensor = pipe(**self.source.inputs(1))[0]
+            return latents
+
+        try:
+            latents = step()
+            parts: dict[str, Callable[[], Tensor]] = {"denoise": step}
+            if decode is not None:
+                parts["decode"] = lambda: decode(pipe, latents)
+            breakdown = {}
+            for phase, call in parts.items():
+                seen = profile.breakdown(call, phase=phase, device=self.source.device)
+                breakdown[phase] = {key: seen[key] for key in ("wall", "classes", "kernels") if key in seen}
+                if phase == "denoise":
+                    entry.facts["attention"] = seen["attention"]
+            entry.facts["breakdown"] = breakdown
+        except Exception as error:  # the timings stand without it
+            entry.facts["notes"].append(f"no breakdown: {describe(error)}")
+
+    # Rows -------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a variant that has an error, or at least one timed clip."""
+        base = seconds(self.base.clips) if self.base.clips else {}
+        return [self._row(entry, base) for entry in self.entries if entry.error is not None or entry.clips]
+
+    def _row(self, entry: Entry, base: dict[str, Any]) -> dict[str, Any]:
+        variant = entry.variant
+        row: dict[str, Any] = {
+            "variant": variant.name,
+            "accelerate": None if variant.accelerate is None else dict(variant.accelerate),
+            "compile": variant.compile is not None,
+            "backend": variant.backend,
+        }
+        if entry.error is not None:
+            return {**row, "error": entry.error}
+        times = seconds(entry.clips)
+        return {
+            **row,
+            "rounds": len(entry.clips),
+            "seconds": {**times, "first": entry.first},
+            "peak_memory_bytes": peak_memory(entry.clips, self.resident, entry.own_memory),
+            "ratio": ratios(base, times),
+            **entry.facts,
+        }
+
+
+def describe(error: BaseException) -> str:
+    """``Type: first words``, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def _new_calls(before: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """op -> implementation -> how often it ran since ``before``."""
+    out: dict[str, dict[str, int]] = {}
+    for (op, impl), count in sorted(dispatch.calls().items()):
+        if count > before.get((op, impl), 0):
+            out.setdefault(op, {})[impl] = count - before.get((op, impl), 0)
+    return out
+
+
+def _graphs() -> dict[str, int]:
+    """How many graphs torch.compile has made in this process, and how often it had to break one."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": int(counters["stats"].get("unique_graphs", 0)),
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
+
+
+def _new_graphs(before: dict[str, int]) -> dict[str, int]:
+    return {key: value - before[key] for key, value in _graphs().items()} | {"recompiles": 0}
+
+
+__all__ = ["BASE", "Entry", "Session", "Source", "describe"]
