@@ -87,6 +87,9 @@ class Package:
     def find(self) -> Found:
         return _find(self)
 
+    def missing(self) -> str:
+        return f"not installed: {self.install}"
+
     def note(self) -> str | None:
         """Says that the installed version is none that the adapter was written against."""
         version = self.find().version
@@ -125,7 +128,7 @@ def _importable(module: str) -> bool:
 @functools.cache
 def _find(package: Package) -> Found:
     version = installed(package.distribution)
-    missing = Found(None, None, f"not installed: {package.install}")
+    missing = Found(None, None, package.missing())
     modules = [name for name in package.modules if _importable(name)]
     if version is None and not modules:
         return missing

@@ -9,6 +9,7 @@ import torch
 
 from . import peers_attention, peers_other
 from .peer import Peer as Peer
+from .peer import installed
 
 
 def peers_for(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Peer]:
@@ -22,10 +23,18 @@ def peers_for(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Pe
     return {peer.name: peer for peer in found}
 
 
-def detect() -> list[tuple[str, str | None, str | None]]:
-    """``(name, version, why_not)`` of every external package; imports those that are installed."""
-    rows = []
+def detect(load: bool = True) -> list[tuple[str, str | None, str | None]]:
+    """``(name, version, why_not)`` of every external package.
+
+    Args:
+        load: import those that are installed, and say why where that fails; else only their versions are looked up.
+    """
+    rows: list[tuple[str, str | None, str | None]] = []
     for package in peers_attention.PACKAGES + peers_other.PACKAGES:
-        found = package.find()
-        rows.append((package.name, found.version, found.why_not))
+        if load:
+            found = package.find()
+            rows.append((package.name, found.version, found.why_not))
+        else:
+            version = installed(package.distribution)
+            rows.append((package.name, version, None if version else package.missing()))
     return rows

@@ -28,7 +28,7 @@ FLASH4 = Package(
 )  # fmt: skip
 FLASH3 = Package(
     "flash-attn-3", "flash_attn_3", ("flash_attn_interface", "flash_attn_3.flash_attn_interface"), "flash_attn_func",
-    "pip install flash-attn-3 from PyTorch's index, or build hopper/ of Dao-AILab/flash-attention", ("3.0.0b1", "3.0.0"),
+    "pip install flash-attn-3 from PyTorch's index, or build hopper/ of Dao-AILab/flash-attention", ("3.0.0", "3.0.0"),
 )  # fmt: skip
 FLASH2 = Package(
     "flash-attn-2", "flash-attn", ("flash_attn",), "flash_attn_func",

@@ -258,11 +258,13 @@ def _tiny_defaults(fallback: Any) -> Any:
 
 
 @app.command()
-def doctor() -> None:
-    """What is installed, what was built, and which implementation each op would bind here, and why."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The facts as JSON, to attach to a bug report.")] = False,
+) -> None:
+    """What is installed, built and known to be bad, which peers are here, and what each op would bind, and why."""
     from .doctor import report
 
-    report()
+    raise typer.Exit(report(as_json))
 
 
 def _terminated(_signal: int, _frame: Any) -> None:

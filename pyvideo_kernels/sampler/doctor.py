@@ -1,67 +1,121 @@
-"""``pyvideo doctor``: what is installed, what was built, and what each op would bind here."""
+"""``pyvideo doctor``: what is installed, what was built, what is known to be bad, and what each op would bind here."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..known_bad import BROKEN, SLOW, WRONG
+from .problems import Exit
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def facts() -> dict[str, Any]:
-    """Everything the report shows, as data."""
-    import torch
-
-    from .. import _native, collect_env, dispatch
+    """Everything the report shows, as data that JSON can hold."""
+    from .. import _native, collect_env, configs, verdicts
+    from ..configs import tuned
     from . import kernels
     from .loading import pick_device, pick_dtype
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
-    gpus = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.device("cuda", index)
-            properties = torch.cuda.get_device_properties(gpu)
-            gpus.append({"name": properties.name, "arch": dispatch.arch_of(gpu), "memory": properties.total_memory})
     ops = {}
     for name in kernels.forward_ops():
         bound, rows = kernels.binding(name, device, dtype)
         ops[name] = {"binds": bound, "why": [{"impl": i, "usable": ok, "why": why} for i, ok, why in rows]}
-    return {
-        "versions": collect_env.versions(),
-        "torch_cuda": torch.version.cuda or torch.version.hip,
-        "gpus": gpus,
-        "extension": {
-            "cpu": _native.why_not("cpu") or "built",
-            "cuda": _native.why_not("cuda") or f"built for {', '.join(_native.cuda_archs())}",
-            "build": _native.build_info(),
-        },
+    target = configs.target_of(device)
+    checked = verdicts.read()
+    found = {
+        **collect_env.collect(load_peers=True),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "self_check": {
+            "record": str(verdicts.record_path()),
+            "passed": sum(checked.values()),
+            "failed": sorted(key for key, verdict in checked.items() if not verdict),
+        },
+        "tuned": tuned.describe(target.gpu, str(target)) if target.gpu else "tables are for GPUs; rules choose",
         "ops": ops,
     }
+    broken = [f"{name}: no implementation can be had" for name, op in ops.items() if op["binds"] == "none"]
+    if "does not load" in _native.why_not():
+        broken.append(f"{_native.why_not()}; reinstall pyvideo-kernels")
+    return found | {"broken": broken}
 
 
-def report() -> None:
-    """Print the facts."""
-    from rich.console import Console
+def report(as_json: bool = False) -> Exit:
+    """Print the facts; FAILED if something is broken, which a known problem of other software is not."""
+    data = facts()
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        try:
+            from rich.console import Console
+        except ImportError:
+            _print_plain(data)
+        else:
+            console = Console()
+            _print(data, console if console.is_terminal else Console(width=160))
+    return Exit.FAILED if data["broken"] else Exit.OK
+
+
+def _rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from .. import collect_env
+
+    checks = data["self_check"]
+    failed = f", {len(checks['failed'])} FAILED" if checks["failed"] else ""
+    rows = [*collect_env.rows(data), ("tuned tiles", data["tuned"])]
+    rows.append(("self-checks", f"{checks['passed']} passed{failed}, kept in {checks['record']}"))
+    rows += [("self-check FAILED", key) for key in checks["failed"]]
+    return rows + [("BROKEN", sentence) for sentence in data["broken"]]
+
+
+def _why(op: Mapping[str, Any]) -> str:
+    return "; ".join(f"{row['impl']}: {row['why']}" for row in op["why"])
+
+
+_STYLES = {WRONG: "bold white on red", BROKEN: "bold red", SLOW: "yellow"}
+
+
+def _print(data: Mapping[str, Any], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    data = facts()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
     table = Table(show_header=False, title="pyvideo doctor", title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("versions", ", ".join(f"{name} {v or 'missing'}" for name, v in data["versions"].items()))
-    gpus = [f"{g['name']} ({g['arch']}, {g['memory'] / 2**30:.0f} GiB)" for g in data["gpus"]]
-    built = f"torch built for {data['torch_cuda']}" if data["torch_cuda"] else "torch built without CUDA or ROCm"
-    table.add_row("GPU", (", ".join(gpus) or "none") + f"; {built}")
-    for kind in ("cpu", "cuda"):
-        table.add_row(f"extension, {kind}", escape(data["extension"][kind]))
+    for heading, sentence in _rows(data):
+        table.add_row(
+            heading, escape(sentence), style="bold red" if heading in ("BROKEN", "self-check FAILED") else None
+        )
     console.print(table)
+    if data["known_bad"]:
+        bad = Table("effect", "what, where, and what to do", title="known problems here", title_justify="left")
+        for problem in data["known_bad"]:
+            mark = f"!!! {problem['effect'].upper()}" if problem["effect"] == WRONG else problem["effect"]
+            bad.add_row(
+                f"[{_STYLES.get(problem['effect'], 'default')}]{mark}[/]",
+                f"{escape(problem['what'])}\n[dim]{escape(problem['affected'])}[/]\n"
+                f"remedy: {escape(problem['remedy'])}\n[dim]{' '.join(problem['sources'])}[/]",
+            )
+        console.print(bad)
+    else:
+        console.print("known problems: none for these versions")
     ops = Table("op", "binds", "why", title=f"auto on {data['device']}, {data['dtype']}", title_justify="left")
     for name, op in data["ops"].items():
-        why = "; ".join(f"{row['impl']}: {row['why']}" for row in op["why"])
-        ops.add_row(name, op["binds"], escape(why))
+        ops.add_row(name, op["binds"], escape(_why(op)))
     console.print(ops)
+
+
+def _print_plain(data: Mapping[str, Any]) -> None:
+    """For an installation without rich."""
+    from .. import collect_env
+
+    print(collect_env.text(data))
+    for heading, sentence in _rows(data)[len(collect_env.rows(data)) :]:
+        print(f"{heading}: {sentence}")
+    for name, op in data["ops"].items():
+        print(f"{name} binds {op['binds']} ({_why(op)})")
