@@ -1,0 +1,172 @@
+"""A process that runs slices one after the other, and what its parent sees of it.
+
+The parent writes one JSON line a slice to the worker's standard input and reads one JSON line back from a pipe of
+their own; what the slice prints goes to a log, whose tail is kept when it fails. A worker that dies, hangs or reports
+a failure is replaced: after an illegal memory access nothing of a CUDA process can be trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TAIL = 3000
+"""Characters of a failed slice's output that are kept."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a slice ended.
+
+    Args:
+        status: ``"done"``, ``"failed"``, or ``"stopped"`` when its time was up.
+        summary: one line: what was found, or why it failed.
+        red: how many of its rows are wrong.
+        tail: the end of its output, for one that failed.
+    """
+
+    status: str
+    summary: str
+    red: int = 0
+    tail: str = ""
+
+
+class Process:
+    """A worker for slices of one group.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``.
+        environment: added to this process's environment.
+    """
+
+    def __init__(self, device: str, environment: Mapping[str, str] | None = None) -> None:
+        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        receive, send = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "benchmarks.slice_process", str(send), device],
+                cwd=ROOT,
+                env=os.environ | dict(environment or {}),
+                stdin=subprocess.PIPE,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(send,),
+                start_new_session=True,  # its children (compilers, pytest) end with it
+                text=True,
+            )
+        finally:
+            os.close(send)
+        self.answers = receive
+        self.usable = True
+
+    def run(self, request: Mapping[str, Any], seconds: float) -> Answer:
+        """One slice; returns when it is over or ``seconds`` are. After anything but "done" the worker is gone."""
+        start = os.fstat(self.log.fileno()).st_size
+        line: bytes | None = b""
+        try:
+            assert self.process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it died; the pipe that it answers on says so too
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+            line = self._read(time.monotonic() + seconds)
+        except BaseException:
+            self.close()
+            raise
+        if line is None:
+            self.close()
+            return Answer("stopped", f"stopped after {seconds:.0f} s", tail=self._tail(start))
+        if not line.endswith(b"\n"):
+            code = self._wait()
+            self.close()
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return Answer("failed", f"the process died ({how})", tail=self._tail(start))
+        answer = json.loads(line)
+        if answer["status"] != "done":
+            answer["tail"] = self._tail(start)
+            self.close()
+        return Answer(**answer)
+
+    def _read(self, until: float) -> bytes | None:
+        """The worker's line; without its newline if the worker ended; None when the time is up."""
+        line = b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([self.answers], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                return None
+            read = os.read(self.answers, 65536)
+            if not read:
+                break
+            line += read
+        return line
+
+    def _wait(self) -> int:
+        try:
+            return self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it closed the pipe and lives on
+            return 0
+
+    def _tail(self, start: int) -> str:
+        size = os.fstat(self.log.fileno()).st_size
+        data = os.pread(self.log.fileno(), TAIL, max(start, size - TAIL))
+        return data.decode(errors="replace").strip()
+
+    def close(self) -> None:
+        """End the worker and whatever it has started."""
+        if not self.usable:
+            return
+        self.usable = False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a kernel that hangs can hold its process for a while
+            self.process.wait(timeout=20)
+        with contextlib.suppress(OSError):
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        os.close(self.answers)
+
+
+# The worker's side -----------------------------------------------------------------------------------------------
+
+
+def _serve(send: int, device: str) -> None:
+    """Run what standard input asks for until it ends."""
+    import importlib
+
+    import torch
+
+    from pyvideo_kernels.benchmarks.slice_runs import Job
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        module, _, function = request["run"].partition(":")
+        try:
+            job = Job(Path(request["out"]), torch.device(device), request["dry"], request["parameters"])
+            outcome = getattr(importlib.import_module(module), function)(job)
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()  # an error of a kernel that was only launched is this slice's own
+                torch.cuda.empty_cache()
+            answer = {"status": "done", "summary": outcome.summary, "red": outcome.red}
+        except BaseException as error:
+            traceback.print_exc()
+            text = " ".join(str(error).split())
+            answer = {"status": "failed", "summary": f"{type(error).__name__}: {text}"[:300]}
+        sys.stdout.flush()
+        os.write(send, json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    os.set_inheritable(int(sys.argv[1]), False)  # a child of ours must not keep the parent waiting
+    _serve(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,182 @@
+"""What a campaign consists of: each slice's name, cost, and what its result depends on.
+
+A slice is measured again when what it depends on has changed: its parameters, the card, torch and triton, the sources
+behind the op, and the op's tuned launch configurations. A commit that touches none of these (a result file, a page of
+the documentation) makes nothing stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyvideo_kernels import verdicts
+from pyvideo_kernels.configs import tuned
+from pyvideo_kernels.error_types import ValueOptionError
+from pyvideo_kernels.schemas import OPS
+
+from .registry import ENTRIES
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = "pyvideo_kernels.benchmarks.slice_runs"
+
+# The most valuable first: where a video model spends its time. What is not named follows in the registry's order.
+_FIRST = (
+    "spacetime_attention",
+    "causal_conv3d",
+    "rms_norm_silu",
+    "qk_norm_rope",
+    "gate_residual_norm_modulate",
+    "layer_norm_modulate",
+)
+_HARNESS = ("registry.py", "timing.py", "backends.py", "ops.py", "peers.py", "peers_attention.py", "peers_other.py")
+_CLIPS = ("e2e.py", "models.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One piece of a campaign, run in a process of its own.
+
+    Args:
+        name: stem of its result file.
+        group: slices of one group may share a process as long as each of them ends well; see ``alone``.
+        run: ``"module:function"``; called in the worker with a ``slice_runs.Job``.
+        seconds: what it takes on an H100, about: it is not started with less than this left.
+        parameters: what is measured.
+        files: sources that the result depends on, beside those of ``ops``.
+        ops: ops whose sources it depends on.
+        tuned: it depends on their tuned launch configurations too.
+        needs: modules without which it is skipped, aloud.
+        alone: it gets a fresh process whatever ran before (timings of whole models, peak memory).
+    """
+
+    name: str
+    group: str
+    run: str
+    seconds: float
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    ops: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    tuned: bool = True
+    alone: bool = False
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is stopped: it hangs, or the estimate is worthless."""
+        return max(60.0, 3 * self.seconds)
+
+    def missing(self) -> list[str]:
+        """Modules that it needs and that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+    def key(self, where: Mapping[str, Any]) -> str:
+        """Digest of everything the result depends on; ``where`` names the card and the compiler."""
+        out = hashlib.sha256(json.dumps([self.name, self.run, self.parameters, where], sort_keys=True).encode())
+        for path in sorted({*self.files, *(path for op in self.ops for path in sources(op))}):
+            out.update(path.name.encode() + b"\0")
+            out.update(path.read_bytes() if path.is_file() else b"")
+        if self.tuned and (gpu := where.get("gpu")):
+            for row in _tuned_rows(tuned.FOLDER / f"{slug(gpu)}.json"):
+                if _forward(tuned.row_op(row)) in self.ops:
+                    out.update(json.dumps([row["family"], row["key"], row["config"]], sort_keys=True).encode())
+        return out.hexdigest()[:16]
+
+
+def _forward(op: str) -> str:
+    return op.removesuffix("_backward").rstrip("_")
+
+
+def _tuned_rows(path: Path) -> list[dict[str, Any]]:
+    with contextlib.suppress(OSError, ValueOptionError):
+        return [row for row in tuned.read(path)["rows"] if row["tuned"]]
+    return []
+
+
+def sources(op: str) -> set[Path]:
+    """Files behind every implementation of an op: what it is checked against, its kernels, what they borrow."""
+    package = ROOT / "pyvideo_kernels"
+    out = {package / "ops" / f"{op}.py", package / "reference" / f"{op}.py", package / "testing" / "compare.py"}
+    out |= {path for part in (op, "common") for path in (ROOT / "csrc" / part).rglob("*") if path.is_file()}
+    for name in (name for name in OPS if _forward(name) == op):
+        if "triton" in OPS[name].impls:
+            out.update(verdicts.sources(OPS[name].impls["triton"].partition(":")[0]))
+    return out
+
+
+def families() -> dict[str, list[str]]:
+    """Forward op -> its entries of the registry (itself, its in-place twin), the most valuable first."""
+    forward = dict.fromkeys(_forward(op) for op in ENTRIES)
+    ordered = [*(op for op in _FIRST if op in forward), *(op for op in forward if op not in _FIRST)]
+    return {name: [op for op in ENTRIES if _forward(op) == name] for name in ordered}
+
+
+def _files(names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(ROOT / "benchmarks" / name for name in names)
+
+
+def plan(*, dry: bool = False) -> list[Slice]:
+    """Every slice, in the order in which they are wanted.
+
+    Correctness comes first: a wrong kernel's speed is worth nothing. Then the headline, one model end to end; then op
+    by op its tuning and its measurement with the tuned configuration; then what is large or rare. The record of
+    verified kernels is last, as it is about the tuned ones.
+
+    Args:
+        dry: the same slices on tiny shapes.
+    """
+    ops, tests = families(), ROOT / "tests" / "ops"
+    out = [Slice("environment", "environment", f"{RUNS}:environment", 15, files=_files(("timing.py", "backends.py")))]
+    for op in ops:
+        out.append(
+            Slice(
+                f"correctness-{op}", "correctness", f"{RUNS}:correctness", _CORRECTNESS.get(op, 20), {"op": op},
+                (tests / f"test_{op}.py", tests / "helpers.py"), ops=(op,), needs=("pytest",),
+            )
+        )  # fmt: skip
+    out.append(_clip("e2e-wan2.1-1.3b-480p", 220, dry, variants=("eager", "compile", "ours", "compile+ours"), steps=4))
+    out.append(_decode("decode-wan2.1-480p", 60, dry))
+    for op, entries in ops.items():
+        if "triton" in OPS[op].impls:
+            out.append(Slice(f"tune-{op}", "tune", f"{RUNS}:tune", 80, {"ops": entries}, ops=(op,), tuned=False))
+        parameters = {"ops": entries, "dtype": "bf16"}
+        out.append(Slice(f"ops-{op}", "ops", f"{RUNS}:ops", 40, parameters, _files(_HARNESS), ops=(op,)))
+    out.append(_clip("e2e-wan2.1-14b-480p", 240, dry, model="wan2.1-14b", variants=("eager", "ours", "compile"),
+                     steps=2, decode=False, float32=False))  # fmt: skip
+    out.append(_decode("decode-wan2.1-720p", 120, dry, height=720, width=1280))
+    out.append(Slice("record", "correctness", f"{RUNS}:record", 60, ops=tuple(ops)))
+    return out
+
+
+_CORRECTNESS = {"spacetime_attention": 60}
+_CLIP = {"model": "wan2.1-1.3b", "height": 480, "width": 832, "frames": 81, "decode": True, "float32": True}
+_DRY_CLIP = {"model": "tiny-random-wan", "height": 32, "width": 32, "frames": 5, "steps": 1}
+
+
+def _clip(name: str, seconds: float, dry: bool, ops: Iterable[str] = (), **parameters: Any) -> Slice:
+    parameters = {**_CLIP, **parameters}
+    if dry:
+        eager_and_ours = tuple(v for v in parameters["variants"] if "compile" not in v)
+        parameters |= {**_DRY_CLIP, "variants": eager_and_ours}
+    return Slice(
+        name, "e2e", f"{RUNS}:e2e", seconds, parameters, _files(_CLIPS), ops=tuple(ops or families()),
+        needs=("diffusers", "transformers"), alone=True,
+    )  # fmt: skip
+
+
+def _decode(name: str, seconds: float, dry: bool, **size: int) -> Slice:
+    """The VAE's decode: a clip of a single step without guidance, so that decoding is most of it."""
+    variants = ("eager", "ours", "compile:vae=true")
+    return _clip(name, seconds, dry, ("rms_norm_silu", "causal_conv3d"), variants=variants, steps=1, guidance=1.0,
+                 **size)  # fmt: skip
+
+
+def slug(name: str) -> str:
+    """Folder of a card's results."""
+    return tuned.slug(name)
