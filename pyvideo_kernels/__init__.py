@@ -34,6 +34,7 @@ _EXPORTS = {
     "solver_for": "pyvideo_kernels.schedule",
     "accelerate": "pyvideo_kernels.integrations",
     "restore": "pyvideo_kernels.integrations",
+    "warmup": "pyvideo_kernels.integrations",
     "Report": "pyvideo_kernels.integrations",
 }
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .integrations import Report as Report
     from .integrations import accelerate as accelerate
     from .integrations import restore as restore
+    from .integrations import warmup as warmup
     from .ops.causal_conv3d import causal_conv3d as causal_conv3d
     from .ops.final_layer import final_layer as final_layer
     from .ops.gate_residual import gate_residual as gate_residual

@@ -1,4 +1,4 @@
-"""accelerate() and restore(): our ops inside a diffusers model, in place and reversible.
+"""accelerate(), restore() and warmup(): our ops inside a diffusers model, in place and reversible.
 
 Importing this imports no diffusers; a call does.
 """
@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..dispatch import IMPLS
@@ -16,8 +17,9 @@ from ..errors import ModelError, UnsupportedError, ValueOptionError
 from ..schemas import OPS
 from .report import Report
 from .swap import Plan, Settings, install, remove, swapped
+from .upfront import Checked, check_model, execution_device, warm_model, warm_ops
 
-__all__ = ["Report", "accelerate", "restore"]
+__all__ = ["Checked", "Report", "accelerate", "restore", "warmup"]
 
 # diffusers model class -> the file that knows it. Each has SOURCES (what it was read in), OPS (what it can use) and
 # plan(model, path, settings) -> Plan.
@@ -48,6 +50,10 @@ def accelerate(
     that the op can serve it and otherwise runs the stock code and counts why. Calling again reconfigures; calling
     again with the same arguments changes nothing but the counters. ``restore(target)`` undoes it.
 
+    A kernel that nobody has verified on this card is checked here, in the model's dtype and head_dim and where the
+    model executes, so that no first call inside a compiled graph or a CUDA graph has to do without it. A model that is
+    not on its GPU yet is checked at its first call: call ``warmup(target)`` once it is there.
+
     Args:
         target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel`` or ``AutoencoderKLWan``.
         ops: ``"all"``, or the names of the ops to use.
@@ -67,8 +73,11 @@ def accelerate(
     settings = Settings(_op_names(ops), _attention(attention), _impl(impl), strict)
     plan = Plan()
     models = list(_models(target))
+    names: dict[str, list[str]] = {}
     for path, model in models:
-        plan.extend(_plan(model, path, settings))
+        part = _plan(model, path, settings)
+        names[path] = [op for swap in part.swaps for op in swap.ops]
+        plan.extend(part)
     if not isinstance(target, nn.Module):
         plan.kept += _PIPELINE_KEPT
     if strict and plan.left:
@@ -79,7 +88,59 @@ def accelerate(
         _remove_all(model)
     for swap in plan.swaps:
         install(swap, settings)
+    if settings.impl == "auto":  # an explicit choice runs as it is
+        device = None if isinstance(target, nn.Module) else execution_device(target)
+        for path, model in models:
+            check_model(model, names[path], device)
     return Report(type(target).__name__, plan, settings)
+
+
+def warmup(
+    target: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    shapes: Any = None,
+) -> list[Checked]:
+    """Check the kernels that will run, and compile them, so that the first real call does neither.
+
+    A model is called once for each clip, on zeros: the transformer's forward, the VAE's decoder. Nothing of it
+    changes. Call it after accelerate() and after the model is on its device; before torch.compile or a capture.
+
+        pv.accelerate(pipe.to("cuda"))
+        pv.warmup(pipe, shapes=(480, 832, 81))
+        pv.warmup(["rms_norm", "spacetime_attention"], dtype=torch.bfloat16, device="cuda")
+
+    Args:
+        target: what accelerate() takes (accelerated or not), the name of an op, or a collection of such names.
+        dtype: for ops, what to check them in (default: bf16 on a GPU, fp32 on a CPU); a model has its own.
+        device: where the ops will run (default: the current GPU, else the CPU), or where a model will, if its hooks
+            cannot say.
+        shapes: for a model ``(height, width, frames)`` in pixels, or several: kernels are compiled for them (default:
+            one small clip, which leaves out what is compiled for certain sizes). For ops ``{name: [call, ...]}``, a
+            call being the op's arguments by name, tensors included; default: the self-check's own samples at head_dim
+            64 and 128.
+    Returns:
+        list[Checked]: op, implementation, dtype, head_dim, device, whether ``auto`` trusts it, and why.
+    Raises:
+        ValueOptionError: an unknown op, or shapes of another form.
+        DTypeError: a dtype the ops do not have.
+        ModelError: not a model this package knows.
+    """
+    if isinstance(target, str):
+        return warm_ops([target], dtype, device, shapes)
+    if isinstance(target, Collection) and not isinstance(target, nn.Module):
+        return warm_ops(list(target), dtype, device, shapes)
+    if dtype is not None:
+        raise ValueOptionError(f"warmup: `dtype` must be None for a model, which has its own; got {dtype}")
+    out: list[Checked] = []
+    for path, model in _models(target):
+        settings = next((settings for _, _, settings in swapped(model)), None)
+        # Of a model that is not accelerated: what accelerate() would install.
+        planned = settings or Settings(_op_names("all"))
+        names = [op for swap in _plan(model, path, planned).swaps for op in swap.ops] if planned.impl == "auto" else []
+        out += warm_model(path, model, names, None if isinstance(target, nn.Module) else target, device, shapes)
+    return out
 
 
 def restore(target: Any) -> None:
