@@ -1,0 +1,287 @@
+"""The search for the fastest configuration of a key: compile, compare, time, halve, judge. `tune` keeps the table."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvideo_kernels.configs import forced_arch, forced_config, target_of, tuned
+
+from .backends import backend_for
+from .launches import Compiled, Compiler, Job, Launch
+from .registry import weight_of
+from .timing import Rotation, Timing, interleaved
+
+GAIN = 0.02
+# How many are left after each pass over the smallest shape, and its rounds; the last ones meet every shape.
+_PASSES = ((8, 3), (3, 5))
+# At most so many in turns: each keeps its outputs alive.
+_TURNS = 8
+Timer = Callable[..., Mapping[str, Timing]]
+Say = Callable[[str], None]
+
+
+class OutOfTime(Exception):
+    """The budget is spent; the key in hand is left for the next time."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A key to tune, and the launches that ask it, the smallest first."""
+
+    family: str
+    key: tuned.Key
+    launches: tuple[Launch, ...]
+
+    @property
+    def op(self) -> str:
+        return self.launches[0].op
+
+    def __str__(self) -> str:
+        return f"{self.family} " + ", ".join(f"{name}={value}" for name, value in self.key)
+
+
+@dataclass
+class Search:
+    """One card's search for the fastest configurations.
+
+    Args:
+        device: where candidates run.
+        arch: what they are compiled for: the device's, or sm_90 where the device is a CPU.
+        compiler: None: nothing is compiled beforehand (Triton's interpreter needs nothing compiled).
+        rounds: timings a median of the last comparison is taken over.
+        limit: at most so many candidates a key, the rule's included.
+        until: a `time.monotonic`; None: no end.
+        timer: `timing.interleaved`, or a test's.
+    """
+
+    device: torch.device
+    arch: str
+    compiler: Compiler | None
+    rounds: int = 7
+    limit: int | None = None
+    until: float | None = None
+    timer: Timer = interleaved
+    say: Say = print
+
+    def __post_init__(self) -> None:
+        self.wrong: list[str] = []
+        # Kernels that were compiled here, though the compiler's processes had compiled them: none, or its work is lost.
+        self.recompiled = 0
+
+    @property
+    def host(self) -> str:
+        """What rules are asked with: the device's architecture, the interpreter's on a CPU."""
+        return str(target_of(self.device))
+
+    def check_time(self) -> None:
+        if self.until is not None and time.monotonic() > self.until:
+            raise OutOfTime
+
+    def compile(self, question: Question, configs: Sequence[Any], launches: Sequence[Launch]) -> dict[Any, str]:
+        """Why each configuration that does not fit one of the launches does not."""
+        self.check_time()
+        if self.compiler is None or not configs:
+            return {}
+        jobs = [Job(launch, self.arch, question.family, question.key, config) for launch in launches
+                for config in configs]  # fmt: skip
+        done = self.compiler.compile(jobs, self.until)
+        if len(done) < len(jobs):
+            raise OutOfTime
+        return misfits(done)
+
+    def call(self, question: Question, launch: Launch, config: Any) -> Callable[[Sequence[Any]], Any]:
+        """A launch with ``config`` in place, and rules for everything else."""
+
+        def run(args: Sequence[Any]) -> Any:
+            with forced_arch(self.host), forced_config(question.family, config, **dict(question.key)):
+                return launch.run(args)
+
+        return run
+
+    def agreeing(self, question: Question, launch: Launch, configs: Sequence[Any]) -> dict[Any, str]:
+        """Why each configuration whose output is not that of the first one, the rule's, is dropped."""
+        self.check_time()
+        args = launch.args(self.device)
+        out: dict[Any, str] = {}
+        with _compilations() as compiled:
+            expected = _poisoned(self.call(question, launch, configs[0]), args)
+            for config in configs[1:]:
+                self.check_time()
+                if problem := self._problem(self.call(question, launch, config), args, expected):
+                    out[config] = problem
+        if self.compiler is not None and self.device.type == "cuda":
+            self.recompiled += len(compiled)
+        for config, reason in out.items():
+            self.wrong.append(f"{launch}: {config}: {reason}")
+            self.say(f"  DROPPED {config}\n    {reason} ({launch})")
+        return out
+
+    def _problem(
+        self, call: Callable[[Sequence[Any]], Any], args: Sequence[Any], expected: Sequence[Tensor]
+    ) -> str | None:
+        try:
+            found = _poisoned(call, args)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0][:200]
+            if "CUDA error" in text or "illegal memory" in text:
+                raise  # nothing that this process does from here on can be trusted
+            return f"failed: {type(error).__name__}: {text}"
+        problem = difference(expected, found)
+        return f"wrong: {problem}" if problem else None
+
+    def time(self, question: Question, launch: Launch, configs: Sequence[Any], rounds: int) -> dict[Any, Timing]:
+        """Seconds of each configuration at a launch, all in turns with the first, the rule's."""
+        args = launch.args(self.device)
+        rule, *others = configs
+        inputs, outputs = weight_of(args), weight_of(self.call(question, launch, rule)(args))
+        rotation = Rotation.past_cache(inputs, outputs, backend_for(self.device), _TURNS)
+        # A CPU has nothing to find out here, and the interpreter no cache to outgrow.
+        count = rotation.sets if self.device.type == "cuda" else 1
+        sets = [args, *(launch.args(self.device) for _ in range(count - 1))]
+        out: dict[Any, Timing] = {}
+        for start in range(0, max(len(others), 1), _TURNS - 1):
+            self.check_time()
+            turns = [rule, *others[start : start + _TURNS - 1]]
+            calls = {str(index): self.call(question, launch, config) for index, config in enumerate(turns)}
+            timings = self.timer(calls, sets, device=self.device, rounds=rounds)
+            # Ratios to the rule of the same turns: the card may be slower in one group's than in another's.
+            scale = out[rule].median / timings["0"].median if rule in out else 1.0
+            for index, config in enumerate(turns):
+                if config not in out:
+                    t = timings[str(index)]
+                    out[config] = Timing(t.median * scale, t.spread * scale, t.rounds, t.graph)
+        return out
+
+    def answer(self, question: Question) -> dict[str, Any]:
+        """The table's row for a question."""
+        family, shape = tuned.families()[question.family], dict(question.key)
+        configs = family.candidates(self.host, **shape)[: self.limit]
+        tried, dropped = len(configs), dict[str, int]()
+        rule, smallest, rest = configs[0], question.launches[0], question.launches[1:]
+
+        def drop(reasons: Mapping[Any, str]) -> None:
+            for reason in (reason.partition(":")[0] for config, reason in reasons.items() if config in configs[1:]):
+                dropped[reason] = dropped.get(reason, 0) + 1
+            configs[1:] = [config for config in configs[1:] if config not in reasons]
+
+        drop(self.compile(question, configs, [smallest]))
+        drop(self.agreeing(question, smallest, configs))
+        for keep, rounds in _PASSES:
+            if len(configs) - 1 > keep:
+                seconds = self.time(question, smallest, configs, rounds)
+                configs[1:] = sorted(configs[1:], key=lambda config: seconds[config].median)[:keep]
+        drop(self.compile(question, configs, rest))
+        for launch in rest:
+            drop(self.agreeing(question, launch, configs))
+        table = {launch: self.time(question, launch, configs, self.rounds) for launch in question.launches}
+        best = choose(rule, configs[1:], list(table.values()))
+        measured = [
+            {
+                "shape": launch.shape,
+                "seconds": timings[best].median,
+                "default_seconds": timings[rule].median,
+                "spread": max(timings[best].spread, timings[rule].spread),
+            }
+            for launch, timings in table.items()
+        ]
+        return {
+            "op": question.op,
+            **tuned.as_row(question.family, question.key, best),
+            "tuned": best != rule,
+            **{name: sum(row[name] for row in measured) for name in ("seconds", "default_seconds", "spread")},
+            "default_config": asdict(rule),
+            "dtype": smallest.dtype,
+            "measured": measured,
+            "candidates": tried,
+            "dropped": dropped,
+            "digest": tuned.digest(question.op),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
+
+
+def misfits(done: Mapping[Job, Compiled]) -> dict[Any, str]:
+    """Why configurations do not fit, of those that do not."""
+    return {job.config: reason for job, compiled in done.items() if (reason := compiled.misfit(job.arch))}
+
+
+@contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """Names of the kernels that Triton compiles within, and did not find on disk."""
+    from triton import knobs
+
+    names: list[str] = []
+    before = knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            names.append(str(getattr(src, "name", src)))
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **rest)
+
+    knobs.compilation.listener = listen
+    try:
+        yield names
+    finally:
+        knobs.compilation.listener = before
+
+
+def _poisoned(call: Callable[[Sequence[Any]], Any], args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Outputs over memory filled with NaN: a fresh buffer may hold the very output that it is compared with."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return tuple(out for out in call(args) if isinstance(out, Tensor))
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
+    """Where two configurations of one kernel differ by more than another order of summation explains; None: nowhere.
+
+    Elementwise, two units in the last place and four of the root mean square; sums kept in fp32 get 64 times that.
+    """
+    for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a.numel() == 0:
+            continue
+        unit = torch.finfo(a.dtype).eps * (64 if a.dtype == torch.float32 else 1)
+        finite = torch.isfinite(a)
+        if not torch.equal(finite, torch.isfinite(b)):
+            return f"output {index}: NaN or infinity where the rule has none"
+        x, y = (torch.where(finite, t, 0).float() for t in (a, b))
+        over = (x - y).abs() - unit * (2 * x.abs() + 4 * x.square().mean().sqrt())
+        if float(over.max()) > 0:
+            count, most = int((over > 0).sum()), float((x - y).abs().max())
+            return f"output {index}: {count} of {a.numel()} elements differ, by up to {most:.3e}"
+    return None
+
+
+def beats(candidate: Timing, rule: Timing) -> bool:
+    """Faster by more than 2 %, and by more than twice the larger spread."""
+    gain = rule.median - candidate.median
+    return gain > GAIN * rule.median and gain > 2 * max(candidate.spread, rule.spread)
+
+
+def choose(rule: Any, others: Sequence[Any], table: Sequence[Mapping[Any, Timing]]) -> Any:
+    """The configuration with the least time over all launches that beats the rule's there and loses at none."""
+
+    def total(config: Any) -> Timing:
+        timings = [row[config] for row in table]
+        return Timing(sum(t.median for t in timings), sum(t.spread for t in timings), timings[0].rounds)
+
+    def loses(config: Any) -> bool:
+        return any(
+            row[config].median - row[rule].median > 2 * max(row[config].spread, row[rule].spread) for row in table
+        )
+
+    good = [config for config in others if beats(total(config), total(rule)) and not loses(config)]
+    return min(good, key=lambda config: total(config).median, default=rule)
