@@ -73,8 +73,6 @@ class Architecture:
     vae_dtype: str = "model"
     """``float32`` where the authors decode in it whatever the transformer runs in; else ``model``."""
     vae_tiling: bool = False
-    decode: Mapping[str, float] = field(default_factory=dict)
-    """``timestep`` and ``noise_scale`` of a decoder that denoises a last step."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Parameters per component."""
 
@@ -162,7 +160,6 @@ def architecture(name: str) -> Architecture:
         vae_tiling=data["vae"]["tiling"],
         scheduler=part("scheduler"),
         text=Text(**data["text"]),
-        decode=data["decode"],
         defaults=ClipDefaults(**data["defaults"]),
         parameters=data["parameters"],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,11 +46,17 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline: ClassVar[str]
+    reference: ClassVar[str]
+    """The architecture whose text length and clip stand for models of this family that have no name of their own."""
     two_prompts: ClassVar[bool] = True
     """Whether guidance compares with a negative prompt (or is embedded in the transformer)."""
 
     @abstractmethod
     def geometry(self, arch: Architecture) -> Geometry: ...
+
+    @abstractmethod
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        """Width of a text token and of the pooled text, if there is one, from the transformer's configuration."""
 
     @abstractmethod
     def text_inputs(self, prompt: Prompt, negative: Prompt) -> dict[str, Any]:
@@ -83,6 +90,7 @@ class Family(ABC):
 class Wan(Family):
     name = "wan"
     pipeline = "WanPipeline"
+    reference = "wan2.1-1.3b"
 
     def geometry(self, arch: Architecture) -> Geometry:
         spatial = arch.vae.config["scale_factor_spatial"]
@@ -90,6 +98,9 @@ class Wan(Family):
         t, h, w = arch.transformer.config["patch_size"]
         # The pipeline refuses what 16 does not divide, whatever the VAE.
         return Geometry(spatial, temporal, (t, h, w), max(16, spatial * h), temporal)
+
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        return transformer["text_dim"], None
 
     def text_inputs(self, prompt: Prompt, negative: Prompt) -> dict[str, Any]:
         # No mask reaches the transformer: the pipeline zeroes the padding instead.
@@ -114,6 +125,7 @@ class Wan(Family):
 class HunyuanVideo(Family):
     name = "hunyuanvideo"
     pipeline = "HunyuanVideoPipeline"
+    reference = "hunyuanvideo"
     two_prompts = False
 
     def geometry(self, arch: Architecture) -> Geometry:
@@ -121,6 +133,9 @@ class HunyuanVideo(Family):
         temporal = arch.vae.config["temporal_compression_ratio"]
         patch, patch_t = arch.transformer.config["patch_size"], arch.transformer.config["patch_size_t"]
         return Geometry(spatial, temporal, (patch_t, patch, patch), max(16, spatial * patch), temporal)
+
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        return transformer["text_embed_dim"], transformer["pooled_projection_dim"]
 
     def text_inputs(self, prompt: Prompt, negative: Prompt) -> dict[str, Any]:
         return {
@@ -143,6 +158,7 @@ class HunyuanVideo(Family):
 class LTX(Family):
     name = "ltx"
     pipeline = "LTXPipeline"
+    reference = "ltx"
 
     def geometry(self, arch: Architecture) -> Geometry:
         config = arch.vae.config
@@ -151,6 +167,9 @@ class LTX(Family):
         temporal = config.get("temporal_compression_ratio") or config["patch_size_t"] * halvings
         patch, patch_t = arch.transformer.config["patch_size"], arch.transformer.config["patch_size_t"]
         return Geometry(spatial, temporal, (patch_t, patch, patch), max(32, spatial * patch), temporal)
+
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        return transformer["caption_channels"], None
 
     def text_inputs(self, prompt: Prompt, negative: Prompt) -> dict[str, Any]:
         return {
@@ -190,8 +209,7 @@ class LTX(Family):
         if not clip.arch.vae.config["timestep_conditioning"]:
             return latents, {"temb": None}
         # This decoder takes a last denoising step itself: it wants a little noise and the step's time.
-        timestep = clip.arch.decode.get("timestep", 0.0)
-        scale = clip.arch.decode.get("noise_scale", timestep)
+        timestep, scale = 0.05, 0.025  # as in the authors' examples
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
         temb = torch.full((latents.shape[0],), timestep, device=latents.device, dtype=latents.dtype)
         return (1 - scale) * latents + scale * noise, {"temb": temb}
@@ -200,6 +218,7 @@ class LTX(Family):
 class CogVideoX(Family):
     name = "cogvideox"
     pipeline = "CogVideoXPipeline"
+    reference = "cogvideox-5b"
 
     def geometry(self, arch: Architecture) -> Geometry:
         spatial = 2 ** (len(arch.vae.config["block_out_channels"]) - 1)
@@ -207,6 +226,9 @@ class CogVideoX(Family):
         patch, patch_t = arch.transformer.config["patch_size"], arch.transformer.config.get("patch_size_t") or 1
         # The VAE decodes latents two by two after a first one: an even number of them gives frames too few.
         return Geometry(spatial, temporal, (patch_t, patch, patch), spatial * patch, 2 * temporal)
+
+    def text_widths(self, transformer: Mapping[str, Any]) -> tuple[int, int | None]:
+        return transformer["text_embed_dim"], None
 
     def text_inputs(self, prompt: Prompt, negative: Prompt) -> dict[str, Any]:
         # T5's padding is not masked: it is text like the rest.

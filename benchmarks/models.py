@@ -9,21 +9,26 @@ video = decode(pipe, latents, clip)
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyvideo_kernels.error_types import UsageError, ValueOptionError
-from pyvideo_kernels.sampler import loading
+from pyvideo_kernels.error_types import ModelError, UsageError, ValueOptionError
+from pyvideo_kernels.sampler import loading, modeldir
+from pyvideo_kernels.sampler.models import resolve
 from pyvideo_kernels.sampler.problems import OutOfMemoryError
 
 from .architecture import ARCHITECTURES as ARCHITECTURES
 from .architecture import Architecture as Architecture
 from .architecture import Clip as Clip
+from .architecture import ClipDefaults, Part, Text
 from .architecture import architecture as architecture
 from .architecture import num_tokens as num_tokens
-from .families import PROMPT_SHARE, Prompt
+from .families import FAMILIES, PROMPT_SHARE, Prompt
 from .random_weights import diffusers_class, fill, skeleton, weight_bytes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,13 +58,8 @@ def random_pipeline(
         OutOfMemoryError: the weights do not fit; named before anything is allocated, with the remedy.
         ModelError: diffusers is missing or lacks the model's classes.
     """
-    for argument, value in (("dtype", dtype), ("vae_dtype", vae_dtype or dtype)):
-        if value not in DTYPES:
-            raise ValueOptionError(
-                f"random_pipeline: `{argument}` must be torch.bfloat16, float16 or float32; got {value}"
-            )
+    vae_dtype = _check_dtypes("random_pipeline", arch, dtype, vae_dtype)
     device = loading.pick_device(str(device))
-    vae_dtype = vae_dtype or (torch.float32 if arch.vae_dtype == "float32" else dtype)
     modules = {"transformer": skeleton(arch.transformer, dtype), "vae": skeleton(arch.vae, vae_dtype)}
     check_fits(arch.name, weight_bytes(modules), dtype, device)
     with loading.memory_remedy("the making of its weights", device, "none"):
@@ -69,30 +69,126 @@ def random_pipeline(
     absent = [key for key in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2") if _takes(kind, key)]
     with loading.quiet_libraries():
         pipe = kind(**parts, **dict.fromkeys(absent), **arch.pipeline_options)
-    if arch.vae_tiling:
-        pipe.vae.enable_tiling()
-    pipe.set_progress_bar_config(disable=True)
+    _settle(pipe, arch)
     return pipe
 
 
 def _takes(kind: Any, key: str) -> bool:
-    import inspect
-
     return key in inspect.signature(kind.__init__).parameters
+
+
+def _check_dtypes(function: str, arch: Architecture, dtype: torch.dtype, vae_dtype: torch.dtype | None) -> torch.dtype:
+    """Refuse other dtypes; the VAE's."""
+    for argument, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+        if value not in DTYPES and not (argument == "vae_dtype" and value is None):
+            raise ValueOptionError(
+                f"{function}: `{argument}` must be torch.bfloat16, torch.float16 or torch.float32; got {value!r}"
+            )
+    return vae_dtype or (torch.float32 if arch.vae_dtype == "float32" else dtype)
 
 
 def check_fits(name: str, need: int, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse weights of ``need`` bytes that ``device`` has no room for."""
-    if device.type == "cuda":
-        free: int | None = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = loading._host_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else loading.host_memory()
     if free is not None and need > free:
         half = "--dtype bf16 or " if dtype == torch.float32 else ""
         raise OutOfMemoryError(
             f"{name} needs {need / 1e9:.3g} GB for its weights and {device} has {free / 1e9:.3g} GB free: "
             f"use {half}a smaller model"
         )
+
+
+# Real weights -------------------------------------------------------------------------------------------------------
+
+
+def find(name: str, note: Callable[[str], None] = lambda text: None) -> tuple[Architecture, modeldir.Model]:
+    """What a model with weights is, from its files, before any weight is read.
+
+    Args:
+        name: ``tiny``, an architecture, a hub id (downloaded if it is not in the cache), or the directory of a
+            diffusers pipeline of one of the four families.
+        note: told what is being downloaded.
+    Raises:
+        ModelError: nothing is there, or it is not such a pipeline in safetensors; names the remedy.
+    """
+    known = architecture(name) if name in ARCHITECTURES else None
+    if known is not None and known.source is None:
+        raise ModelError(f"{name} has no weights anywhere, it is for tests: add --random-weights, or use --model tiny")
+    repo = known.source if known is not None and known.source is not None else name
+    families = {family.pipeline: family for family in FAMILIES.values()}
+    model = modeldir.read_model(resolve(repo, note), repo, tuple(families))
+    family = families[model.pipeline]
+    parts = {}
+    for key, config in (("transformer", model.transformer), ("vae", model.vae), ("scheduler", model.scheduler)):
+        kind = config.get("_class_name")
+        if not isinstance(kind, str):
+            raise ModelError(f"{model.path}/{key} does not say which class it is; download or save the model again")
+        parts[key] = Part(kind, config)
+    for key in ("transformer", "vae"):
+        # A configuration saved long ago leaves out what was added since; the class knows.
+        parts[key] = Part(parts[key].kind, dict(skeleton(parts[key]).config))  # type: ignore[arg-type]
+    like = next((arch for arch in map(architecture, ARCHITECTURES) if repo == arch.source), None)
+    stand_in = like or architecture(family.reference)
+    defaults = stand_in.defaults
+    if like is None and family.name == "wan":
+        d = model.defaults
+        defaults = ClipDefaults(d.height, d.width, d.frames, d.fps, d.steps, d.guidance)
+    width, pooled = family.text_widths(parts["transformer"].config)
+    tokens = parts["transformer"].config.get("max_text_seq_length") or stand_in.text.tokens
+    arch = replace(
+        stand_in,
+        name=like.name if like is not None else model.name,
+        source=repo if like is not None else None,
+        pipeline=model.pipeline,
+        pipeline_options={"expand_timesteps": True} if model.expand_timesteps else {},
+        text=Text(tokens, width, pooled),
+        defaults=defaults,
+        parameters={key: model.parameters[key] for key in ("transformer", "vae")},
+        **parts,
+    )
+    return arch, model
+
+
+def load_pipeline(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    vae_dtype: torch.dtype | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[Any, Architecture]:
+    """A pipeline with its own weights on ``device``, and what it is; ``name`` and errors as for ``find``.
+
+    Raises:
+        OutOfMemoryError: the weights do not fit; named before any is read.
+    """
+    arch, model = find(name, note)
+    vae_dtype = _check_dtypes("load_pipeline", arch, dtype, vae_dtype)
+    device = loading.pick_device(str(device))
+    loading.check_fits(model, dtype, device, "none", vae_dtype)
+    with loading.memory_remedy("the loading of its weights", device, "none"):
+        pipe = loading.load_pipeline(model, dtype, vae_dtype=vae_dtype)
+        loading.place(pipe, device, "none")
+    _settle(pipe, arch)
+    return pipe, arch
+
+
+def _settle(pipe: Any, arch: Architecture) -> None:
+    if arch.vae_tiling:
+        pipe.vae.enable_tiling()
+    pipe.set_progress_bar_config(disable=True)
+
+
+def drop_text_encoders(pipe: Any) -> None:
+    """Free the text encoders' memory once every prompt is encoded."""
+    for key in ("text_encoder", "text_encoder_2"):
+        if getattr(pipe, key, None) is not None:
+            setattr(pipe, key, None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# Calls --------------------------------------------------------------------------------------------------------------
 
 
 def prompt_inputs(

@@ -44,11 +44,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {value: key for key, value in _DTYPES.items()}.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def check_fits(model: Model, dtype: torch.dtype, device: torch.device, offload: str) -> None:
+def check_fits(
+    model: Model, dtype: torch.dtype, device: torch.device, offload: str, vae_dtype: torch.dtype = torch.float32
+) -> None:
     """Refuse weights that cannot fit before they are read."""
-    # The VAE stays in fp32: that is how its authors run it.
     sizes = {
-        name: count * (4 if name == "vae" else dtype.itemsize) * _HEADROOM for name, count in model.parameters.items()
+        name: count * (vae_dtype if name == "vae" else dtype).itemsize * _HEADROOM
+        for name, count in model.parameters.items()
     }
     need_host = sum(sizes.values())
     if device.type == "cuda":
@@ -62,7 +64,7 @@ def check_fits(model: Model, dtype: torch.dtype, device: torch.device, offload: 
             )
         if offload == "none":
             return
-    host = _host_memory()
+    host = host_memory()
     if host is not None and need_host > host:
         raise OutOfMemoryError(
             f"{model.name} needs {_gb(need_host)} for its weights and this machine has {_gb(host)}: "
@@ -74,7 +76,7 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def _host_memory() -> int | None:
+def host_memory() -> int | None:
     """Memory and swap this machine could give at most, in bytes."""
     try:
         with open("/proc/meminfo") as file:
@@ -108,8 +110,10 @@ def _bar_enabled(lib: Any) -> bool:
     return bool(lib.is_progress_bar_enabled()) if hasattr(lib, "is_progress_bar_enabled") else True
 
 
-def load_pipeline(model: Model, dtype: torch.dtype, *, image: bool) -> Any:
-    """The pipeline in evaluation mode, its VAE in fp32, on the CPU.
+def load_pipeline(
+    model: Model, dtype: torch.dtype, *, image: bool = False, vae_dtype: torch.dtype = torch.float32
+) -> Any:
+    """The pipeline in evaluation mode, on the CPU; its VAE in fp32 by default, as the authors of Wan run it.
 
     Only safetensors is read, and only from ``model.path``.
     """
@@ -125,7 +129,7 @@ def load_pipeline(model: Model, dtype: torch.dtype, *, image: bool) -> Any:
         try:
             pipe = getattr(diffusers, kind).from_pretrained(
                 str(model.path),
-                dtype={"default": dtype, "vae": torch.float32},
+                dtype={"default": dtype, "vae": vae_dtype},
                 use_safetensors=True,
                 local_files_only=True,
             )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .models import KNOWN, TINY, Defaults
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 # Components with weights; a pipeline may lack the optional ones.
-_WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+_WEIGHTS = ("transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "image_encoder")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Fields of Defaults that a pyvideo.json in the model directory may set.
 _DEFAULT_KEYS = {f.name for f in dataclasses.fields(Defaults)}
@@ -72,8 +72,8 @@ class Model:
         return self.path is not None and self.path.resolve() == TINY
 
 
-def read_model(path: Path, name: str | None = None) -> Model:
-    """Check that ``path`` is a Wan pipeline in safetensors and read its configuration.
+def read_model(path: Path, name: str | None = None, pipelines: Sequence[str] = PIPELINES) -> Model:
+    """Check that ``path`` is a pipeline of one of these classes in safetensors and read its configuration.
 
     Raises:
         ModelError: what is missing or foreign, in one sentence with the remedy.
@@ -85,8 +85,8 @@ def read_model(path: Path, name: str | None = None) -> Model:
         raise ModelError(f"{path} is not a diffusers pipeline (no model_index.json); {remedy}")
     index = _json(index_path)
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise ModelError(f"{path} holds a {pipeline}; the sampler runs {' and '.join(PIPELINES)}")
+    if pipeline not in pipelines:
+        raise ModelError(f"{path} holds a {pipeline}; what runs here is {', '.join(pipelines)}")
     present = [c for c in _WEIGHTS if isinstance(index.get(c), list) and index[c][0]]
     for component in ("transformer", "vae", "text_encoder"):
         if component not in present:

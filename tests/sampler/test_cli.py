@@ -254,7 +254,7 @@ def test_no_codec_is_said_before_the_model_is_loaded(
 
 def test_no_memory_names_the_remedy(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = (PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4", "--device", "cpu")
-    monkeypatch.setattr(loading, "_host_memory", lambda: 1000)
+    monkeypatch.setattr(loading, "host_memory", lambda: 1000)
     assert "use --dtype bf16 (now fp32) or a smaller model" in fails(*args, code=4)
     monkeypatch.undo()
 
