@@ -1,129 +1,391 @@
-"""``python -m benchmarks.ops``: every op against the model's eager code, on this machine, checked first.
+"""``pyvideo bench ops``: every op against eager PyTorch, torch.compile and external kernels, on this machine.
 
-    python -m benchmarks [--op NAME ...] [--device cpu|cuda] [--dtype bf16|fp32] [--rounds N] [--json FILE]
-
-Prints one row an op and shape: median, spread, achieved rate, share of this machine's measured ceiling, ratio to
-eager in the same run. An op whose check is red prints the mismatch and no speed.
+Correctness comes first: the implementation that ran must be right on the op's samples against float64, and at the
+benchmark's own size against eager (`agreement` states the rule). One that is not has an ``error`` and no speed.
 """
 
 from __future__ import annotations
 
-import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyvideo_kernels import dispatch
+from pyvideo_kernels.error_types import UnsupportedError, ValueOptionError
+from pyvideo_kernels.sampler.problems import Exit, Interrupted, did_you_mean
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, check_op
 
-from . import results
-from .registry import ENTRIES, Entry, moved_bytes
-from .timing import copy_bandwidth, gemm_rate, interleaved
+from . import agreement, baselines, results
+from .ops_table import printer_for
+from .registry import ENTRIES, Entry, moved_bytes, weight_of
+from .timing import TF32, Rotation, Timing, Variant, backend_for, ceilings, dtype_name, interleaved
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+QUICK_ROUNDS = 3
+Row = dict[str, Any]
 
 
-def bound_impl(entry: Entry, inputs: dict[str, Any]) -> str:
-    """Which implementation ``auto`` ran for these inputs."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C during `run`.
+
+    Args:
+        result: what `run` would have returned, with the rows that were finished.
+    """
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
+# Our side of a row --------------------------------------------------------------------------------------------------
+
+
+def fresh(entry: Entry, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs that the op may write over: copies for an in-place op (strides kept), else the same."""
+    if not entry.in_place:
+        return inputs
+    return {name: _copy(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def run_ours(entry: Entry, inputs: dict[str, Any], impl: str = "auto") -> tuple[str, Any]:
+    """Call the op once: which implementation ran, and what it returned."""
     before = dispatch.calls()
-    entry.ours(**inputs)
+    output = entry.ours(**inputs, impl=impl)
     after = dispatch.calls()
-    ran = [impl for (op, impl), n in after.items() if op == entry.op and n > before.get((op, impl), 0)]
-    return ran[0] if ran else "?"
+    ran = [name for (op, name), n in after.items() if op == entry.op and n > before.get((op, name), 0)]
+    return (ran[0] if ran else "?"), output
 
 
-def measure(
-    entry: Entry,
-    shape: str,
-    sizes: dict[str, Any],
+def bound_impl(entry: Entry, inputs: dict[str, Any], impl: str = "auto") -> str:
+    """Which implementation ``impl`` binds for these inputs."""
+    return run_ours(entry, fresh(entry, inputs), impl)[0]
+
+
+def tolerance(entry: Entry, sizes: dict[str, Any], dtype: torch.dtype, device: torch.device, output: Any) -> float:
+    """`agreement.unit` of an entry: fp32 counts as TF32 where cuDNN may round it so."""
+    results_count = max(sum(t.numel() for t in agreement.tensors(output)), 1)
+    terms = max(entry.flops(**sizes) / (2 * results_count), 4096)
+    tf32 = entry.convolves and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return agreement.unit(dtype, terms, tf32)
+
+
+def reason(error: BaseException) -> str:
+    """``Type: first line``, for a row."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class Runner:
+    """Measures rows of one device and dtype.
+
+    Args:
+        device, dtype: where and in what.
+        impl: implementation of ours; ``auto``: what a call would bind.
+        names: baselines; None: all.
+        rounds: timings a median is taken over.
+        tops: `timing.ceilings` of the device.
+        say: takes a line for people (a baseline that is skipped, once).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        tops: dict[str, Any],
+        *,
+        impl: str = "auto",
+        names: Sequence[str] | None = None,
+        rounds: int = 7,
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    ) -> None:
+        self.device, self.dtype, self.tops = device, dtype, tops
+        self.impl, self.names, self.rounds, self.say = impl, names, rounds, say
+        self.backend = backend_for(device)
+        self._checked: set[tuple[str, str]] = set()
+        self._said: set[str] = set()
+
+    def row(self, entry: Entry, shape: str, sizes: dict[str, Any]) -> Row:
+        """One row: the checks, then everyone timed in turns."""
+        row: Row = {"op": entry.op, "shape": shape, "dtype": dtype_name(self.dtype), "impl": self.impl}
+        torch.manual_seed(0)
+        try:
+            with torch.inference_mode():
+                return self._row(row, entry, sizes)
+        except (Mismatch, agreement.Disagreement) as error:
+            return {**row, "error": str(error)}
+        except Exception as error:
+            return {**row, "error": reason(error)}
+
+    def _row(self, row: Row, entry: Entry, sizes: dict[str, Any]) -> Row:
+        inputs = entry.inputs(**sizes, dtype=self.dtype, device=self.device)
+        row["impl"], ours = run_ours(entry, fresh(entry, inputs), self.impl)
+        self._check_samples(entry, row["impl"])
+        outcome: dict[str, dict[str, Any]] = {}
+        competitors, error = self._check_at_size(entry, sizes, inputs, ours, outcome)
+        moved = entry.bytes(**sizes, dtype=self.dtype) if entry.bytes else moved_bytes(inputs, ours)
+        inputs_weight, outputs_weight = weight_of(inputs), weight_of(ours)
+        del ours
+        rotation = Rotation.past_cache(inputs_weight, outputs_weight, self.backend, 1 + len(competitors))
+        sets = [inputs]
+        for _ in range(rotation.sets - 1):
+            sets.append(entry.inputs(**sizes, dtype=self.dtype, device=self.device))
+        variants = {
+            "ours": Variant(lambda given: entry.ours(**given, impl=self.impl), [fresh(entry, given) for given in sets]),
+            **{name: Variant(one.call, [one.prepare(given) for given in sets]) for name, one in competitors.items()},
+        }
+        failures: dict[str, Exception] = {}
+        timings = interleaved(variants, backend=self.backend, rounds=self.rounds, failures=failures)
+        if "ours" in failures:
+            raise failures["ours"]
+        timing = timings.pop("ours")
+        outcome |= {name: {"error": reason(failure)} for name, failure in failures.items()}
+        for name, other in timings.items():
+            outcome[name] |= {**_times(other), "ratio": other.median / timing.median}
+        row |= {**_times(timing), "rounds": timing.rounds}
+        row |= self._rate(entry, sizes, moved, timing.median)
+        row |= {"sets": rotation.sets} | ({"capped": rotation.capped} if rotation.capped else {}) | error
+        return {**row, "baselines": outcome}
+
+    def _check_samples(self, entry: Entry, impl: str) -> None:
+        if (entry.op, impl) not in self._checked:
+            check_op(OPS[entry.op], impl, self.device, self.dtype, partial=True)
+            self._checked.add((entry.op, impl))
+
+    def _check_at_size(
+        self, entry: Entry, sizes: dict[str, Any], inputs: dict[str, Any], ours: Any, outcome: dict[str, dict[str, Any]]
+    ) -> tuple[dict[str, baselines.Baseline], Row]:
+        """Hold ours against eager, and everyone else against eager too; who is right is returned, ready to be timed.
+
+        ``outcome`` has an entry for every baseline, with the reason for those that are not timed.
+        """
+        competitors: dict[str, baselines.Baseline] = {}
+        wanted = self.names
+        one = baselines.eager(entry)
+        try:
+            expected = one.call(one.prepare(inputs))
+        except Exception as problem:  # no memory for it, say: the samples' verdict stands, and the row says so
+            expected = None
+            facts: Row = {"unchecked_at_size": f"eager: {reason(problem)}"}
+            if wanted is None or "eager" in wanted:
+                outcome["eager"] = {"error": reason(problem)}
+        else:
+            allowed = tolerance(entry, sizes, self.dtype, self.device, expected)
+            facts = {"relative_error": agreement.check_at_size(ours, expected, allowed)}
+            if wanted is None or "eager" in wanted:
+                competitors["eager"], outcome["eager"] = one, {}
+        if wanted is None or "compile" in wanted:
+            self._admit("compile", lambda: baselines.compiled(entry, inputs), expected, competitors, outcome)
+        for name, peer in baselines.peers(entry.op, self.device, self.dtype).items():
+            if wanted is not None and name not in wanted:
+                continue
+            if why := peer.why_not or peer.refuses(inputs):
+                outcome[name] = {"skipped": why}
+                if peer.why_not and name not in self._said:
+                    self._said.add(name)
+                    self.say(f"skipped: {name}: {why}")
+                continue
+
+            def first(peer: Any = peer) -> tuple[baselines.Baseline, Any]:
+                candidate = baselines.external(peer)
+                return candidate, candidate.call(candidate.prepare(inputs))
+
+            self._admit(name, first, expected, competitors, outcome)
+        return competitors, facts
+
+    def _admit(
+        self,
+        name: str,
+        first: Callable[[], tuple[baselines.Baseline, Any]],
+        expected: Any,
+        competitors: dict[str, baselines.Baseline],
+        outcome: dict[str, dict[str, Any]],
+    ) -> None:
+        """Let a baseline into the race if its first call succeeds and is not wrong."""
+        try:
+            candidate, output = first()
+            error = {} if expected is None else {"relative_error": agreement.check_peer(output, expected)}
+        except agreement.Disagreement as problem:
+            outcome[name] = {"error": f"wrong: {problem}"}
+        except Exception as problem:
+            outcome[name] = {"error": reason(problem)}
+        else:
+            competitors[name], outcome[name] = candidate, {**candidate.facts, **error}
+
+    def _rate(self, entry: Entry, sizes: dict[str, Any], moved: int, seconds: float) -> Row:
+        """The rate that is nearer to its ceiling: what a perfect kernel here would be bound by."""
+        flops = entry.flops(**sizes)
+        gemm = self.tops["gemm"]
+        if entry.convolves and self.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+            gemm = self.tops.get("gemms", {}).get(TF32, gemm)
+        compute_bound = flops / gemm > moved / self.tops["copy"]
+        work, ceiling, unit = (flops, gemm, "FLOP/s") if compute_bound else (moved, self.tops["copy"], "B/s")
+        rate = work / seconds
+        return {"bytes": moved, "flops": flops, "rate": rate, "unit": unit, "share_of_ceiling": rate / ceiling}
+
+
+def _times(timing: Timing) -> Row:
+    row: Row = {"seconds": timing.median, "spread": timing.spread, "graph": timing.graph}
+    return row | ({"why_no_graph": timing.why_no_graph} if timing.why_no_graph else {})
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+def selection(ops: Sequence[str], impl: str) -> list[str]:
+    """The ops to measure (all when empty) that have ``impl``.
+
+    Raises:
+        ValueOptionError, UnsupportedError: an unknown op or implementation, or an op that was asked for by name and
+            has not this implementation.
+    """
+    for name in ops:
+        if name not in ENTRIES:
+            raise ValueOptionError(
+                f"op: must be one of {', '.join(ENTRIES)}; got {name!r}{did_you_mean(name, ENTRIES)}"
+            )
+    if impl not in dispatch.IMPLS:
+        expected = ", ".join(dispatch.IMPLS)
+        raise ValueOptionError(f"impl: must be one of {expected}; got {impl!r}{did_you_mean(impl, dispatch.IMPLS)}")
+    if impl == "auto":
+        return list(dict.fromkeys(ops)) or list(ENTRIES)
+    for name in ops:
+        if impl not in OPS[name].impls:
+            raise UnsupportedError(f"{name}: no implementation {impl!r}; there are {', '.join(OPS[name].impls)}")
+    return list(dict.fromkeys(ops)) or [name for name in ENTRIES if impl in OPS[name].impls]
+
+
+def run(
+    ops: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
-    rounds: int,
-    ceilings: dict[str, float],
+    *,
+    impl: str = "auto",
+    baselines: Sequence[str] | None = None,
+    rounds: int = 7,
+    quick: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+    on_start: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """One row: the check, then both sides timed in turns."""
-    torch.manual_seed(0)
-    row: dict[str, Any] = {"op": entry.op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
-    inputs = entry.inputs(**sizes, dtype=dtype, device=device)
-    with torch.inference_mode():
-        row["impl"] = impl = bound_impl(entry, inputs)
-        try:
-            check_op(OPS[entry.op], impl, device, dtype, partial=True)
-        except Mismatch as error:
-            return {**row, "error": str(error)}
-        timings = interleaved(
-            {"ours": lambda: entry.ours(**inputs), "eager": lambda: entry.eager(**inputs)},
-            device=device,
-            rounds=rounds,
-        )
-        moved = moved_bytes(inputs, entry.ours(**inputs))
-    ours, eager = timings["ours"], timings["eager"]
-    flops = entry.flops(**sizes)
-    rate, ceiling = (flops, ceilings["gemm"]) if flops else (float(moved), ceilings["copy"])
-    return {
-        **row,
-        "seconds": ours.median,
-        "spread": ours.spread,
-        "eager_seconds": eager.median,
-        "eager_spread": eager.spread,
-        "ratio_to_eager": eager.median / ours.median,
-        "rate": rate / ours.median,
-        "unit": "FLOP/s" if flops else "B/s",
-        "share_of_ceiling": rate / ours.median / ceiling,
-    }
+    """Measure ``ops`` (all when empty); returns a result of kind ``ops`` (see `results`).
 
+    Args:
+        ops: names in the registry.
+        device, dtype: where and in what.
+        impl: implementation to measure; ``auto``: what a call would bind.
+        baselines: ``eager``, ``compile``, names of external kernels; None: all.
+        rounds: timings a median is taken over.
+        quick: one shape an op, `QUICK_ROUNDS` rounds, eager alone unless ``baselines`` says otherwise.
+        on_row: called with each row as it is finished.
+        on_start: called with the result before its first row, ceilings measured.
+    Raises:
+        ValueOptionError, UnsupportedError: an unknown op, implementation or baseline, before any work.
+        Stopped: Ctrl-C, with the rows so far.
+    """
+    from .baselines import chosen
 
-def run(ops: Sequence[str], device: torch.device, dtype: torch.dtype, rounds: int, echo: bool = True) -> dict[str, Any]:
-    """Measure ``ops`` (all when empty); returns provenance, ceilings and rows."""
-    ceilings = {"copy": copy_bandwidth(device), "gemm": gemm_rate(device, dtype)}
+    names = selection(ops, impl)
+    wanted = chosen(baselines if baselines or not quick else ("eager",), names, device, dtype)
+    rounds = min(rounds, QUICK_ROUNDS) if quick else rounds
+    tops = ceilings(device, dtype)
     result: dict[str, Any] = {
         "schema": results.SCHEMA,
         "kind": "ops",
         "provenance": results.provenance(device),
-        "settings": {"dtype": str(dtype).removeprefix("torch."), "rounds": rounds},
-        "ceilings": ceilings,
+        "settings": {
+            "dtype": dtype_name(dtype),
+            "rounds": rounds,
+            "impl": impl,
+            "baselines": None if wanted is None else list(wanted),
+            "quick": quick,
+        },
+        "ceilings": tops,
         "rows": [],
     }
-    if echo:
-        print(f"copy {ceilings['copy'] / 1e9:.1f} GB/s, gemm {ceilings['gemm'] / 1e12:.3f} TFLOP/s ({dtype}), measured")
-    for name in ops or ENTRIES:
-        entry = ENTRIES[name]
-        for shape, sizes in (entry.gpu if device.type == "cuda" else entry.cpu).items():
-            row = measure(entry, shape, dict(sizes), device, dtype, rounds, ceilings)
-            result["rows"].append(row)
-            if echo:
-                print(format_row(row), flush=True)
+    runner = Runner(device, dtype, tops, impl=impl, names=wanted, rounds=rounds)
+    try:
+        if on_start:
+            on_start(result)
+        for name in names:
+            entry = ENTRIES[name]
+            for shape, sizes in list(entry.shapes(device).items())[: 1 if quick else None]:
+                row = runner.row(entry, shape, dict(sizes))
+                result["rows"].append(row)
+                if on_row:
+                    on_row(row)
+    except KeyboardInterrupt:
+        raise Stopped(result) from None
     return result
 
 
-def format_row(row: dict[str, Any]) -> str:
-    head = f"{row['op']:28} {row['shape']:18} {row['dtype']:9} {row['impl']:10}"
-    if "error" in row:
-        return f"{head} WRONG: {row['error']}"
-    scale, unit = (1e12, "TFLOP/s") if row["unit"] == "FLOP/s" else (1e9, "GB/s")
-    return (
-        f"{head} {row['seconds'] * 1e3:9.3f} ms ±{row['spread'] * 1e3:7.3f}  {row['rate'] / scale:8.3f} {unit:7} "
-        f"{row['share_of_ceiling']:5.0%} of ceiling  {row['ratio_to_eager']:5.2f} x eager"
-    )
+# The command --------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", choices=sorted(ENTRIES), help="default: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write provenance, ceilings and rows here")
-    options = parser.parse_args(argv)
-    result = run(options.op or [], torch.device(options.device), DTYPES[options.dtype], options.rounds)
-    if options.json:
-        results.write(options.json, result)
-    return 1 if any("error" in row for row in result["rows"]) else 0
+def device_named(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, and it is there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        hint = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise ValueOptionError(f"--device: must be auto, cpu, cuda or cuda:N; got {name!r}{hint}")
+    from pyvideo_kernels.sampler.loading import pick_device
+
+    return pick_device(name)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def command(
+    ops: Sequence[str],
+    device: str,
+    dtype: str,
+    impl: str,
+    baseline: Sequence[str] | None,
+    rounds: int,
+    quick: bool,
+    json: Path | None,
+) -> None:
+    """``pyvideo bench ops``; ends with exit code 1 when a row is wrong."""
+    import typer
+
+    if dtype not in DTYPES:
+        raise ValueOptionError(
+            f"--dtype: must be one of {', '.join(DTYPES)}; got {dtype!r}{did_you_mean(dtype, DTYPES)}"
+        )
+    place = device_named(device)
+    printer = printer_for(place)
+
+    def keep(result: dict[str, Any], complete: bool) -> None:
+        if json is not None:
+            results.write(json, result if complete else {**result, "incomplete": True})
+
+    result: dict[str, Any] = {}
+
+    def start(begun: dict[str, Any]) -> None:
+        result.update(begun)
+        printer.start(result)
+
+    def row_done(row: Row) -> None:
+        printer.row(row)
+        keep(result, False)
+
+    try:
+        result = run(
+            ops, place, DTYPES[dtype], impl=impl, baselines=baseline, rounds=rounds, quick=quick,
+            on_row=row_done, on_start=start,
+        )  # fmt: skip
+    except Stopped as stopped:
+        printer.finish(stopped.result)
+        done = len(stopped.result["rows"])
+        kept = [json] if json is not None and done else []
+        if kept:
+            keep(stopped.result, False)
+        raise Interrupted(f"the measurement after {done} rows", kept) from None
+    printer.finish(result)
+    keep(result, True)
+    if any("error" in row for row in result["rows"]):
+        raise typer.Exit(Exit.FAILED)

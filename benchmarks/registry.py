@@ -1,7 +1,7 @@
-"""What is measured: per op the models' shapes, the bytes and FLOPs that must move, and what eager code does instead.
+"""What is measured: per op the models' shapes, inputs, the bytes and FLOPs that must move, and the eager code.
 
-A baseline is the code that the reference model runs in eager PyTorch, at the same inputs. Bytes count each input
-once and each output once; FLOPs count multiply and add.
+Bytes count each input once and each output once, FLOPs a multiply and an add as two. A shape with ``style`` follows
+another model's code than Wan's.
 """
 
 from __future__ import annotations
@@ -12,10 +12,18 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import pyvideo_kernels as pv
+
+from . import eager, shapes
+from .shapes import Shapes
+
+FP32 = 4
+
+
+def _as_they_are(inputs: dict[str, Any]) -> dict[str, Any]:
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -24,133 +32,150 @@ class Entry:
 
     Args:
         op: public name; the function is ``pyvideo_kernels.<op>``.
-        shapes: name -> sizes; ``gpu`` shapes are the models' own, ``cpu`` ones fit a laptop.
-        inputs: sizes, dtype, device -> keyword arguments of the public function.
-        flops: sizes -> floating-point operations (0: memory-bound, judged by bytes).
-        eager: the reference model's code on the same keyword arguments.
+        gpu, cpu: name -> sizes; ``gpu`` shapes are the models' own, ``cpu`` ones fit a laptop.
+        inputs: sizes, dtype, device -> keyword arguments of the public function, random.
+        eager: the reference model's code on the keyword arguments that ``stock`` gives.
+        bytes: sizes, dtype -> bytes that must move; None: what inputs and outputs weigh.
+        flops: sizes -> floating-point operations; 0: memory-bound, judged by bytes.
+        stock: inputs as the reference model holds them, made once and not timed (channels first, say).
+        convolves: a convolution of the library is involved, which takes fp32 as TF32 where cuDNN may.
     """
 
     op: str
-    gpu: Mapping[str, Mapping[str, Any]]
-    cpu: Mapping[str, Mapping[str, Any]]
+    gpu: Shapes
+    cpu: Shapes
     inputs: Callable[..., dict[str, Any]]
     eager: Callable[..., Any]
+    bytes: Callable[..., int] | None = None
     flops: Callable[..., float] = lambda **_: 0.0
+    stock: Callable[[dict[str, Any]], dict[str, Any]] = _as_they_are
+    convolves: bool = False
 
     def ours(self, **kwargs: Any) -> Any:
         return getattr(pv, self.op)(**kwargs)
 
+    def shapes(self, device: torch.device) -> Shapes:
+        return self.gpu if device.type == "cuda" else self.cpu
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the op writes over its inputs."""
+        return self.op.endswith("_")
+
 
 def moved_bytes(inputs: Mapping[str, Any], outputs: Any) -> int:
     """Bytes of every input tensor read once plus every output tensor written once."""
+    return weight_of(list(inputs.values())) + weight_of(outputs)
 
-    def walk(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, (list, tuple)):
-            return sum(walk(item) for item in value)
-        return 0
 
-    return walk(list(inputs.values())) + walk(outputs)
+def weight_of(value: Any) -> int:
+    """Bytes of the elements of every tensor in ``value``."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(weight_of(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(weight_of(item) for item in value)
+    return 0
 
 
 def _rand(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
 
 
-_WAN_GPU = {
-    "wan-1.3b-480p": {"tokens": 32760, "width": 1536, "heads": 12},
-    "wan-14b-480p": {"tokens": 32760, "width": 5120, "heads": 40},
-    "wan-1.3b-720p": {"tokens": 75600, "width": 1536, "heads": 12},
-}
-_WAN_CPU = {"wan-1.3b-4k": {"tokens": 4096, "width": 1536, "heads": 12}}
-
-
 # Transformer: norms, modulation, residuals ------------------------------------------------------------------------
 
 
-def _norm_inputs(tokens: int, width: int, dtype: Any, device: Any, **_: int) -> dict[str, Any]:
-    scale, shift = (_rand(1, 1, width, dtype=torch.float32, device=device) for _ in range(2))
-    return {"x": _rand(1, tokens, width, dtype=dtype, device=device), "scale": scale, "shift": shift}
+def _modulation(count: int, tokens: int, width: int, style: str, dtype: Any, device: Any) -> list[Tensor]:
+    """fp32 and one row a sample as Wan has it, one row a token in Wan 2.2 5B, the model's dtype elsewhere."""
+    rows = tokens if style == "per token" else 1
+    kind = torch.float32 if style in ("wan", "per token") else dtype
+    return [_rand(1, rows, width, dtype=kind, device=device) for _ in range(count)]
 
 
-def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift).type_as(x)
+def _modulation_bytes(count: int, tokens: int, width: int, style: str, dtype: torch.dtype) -> int:
+    each = FP32 if style in ("wan", "per token") else dtype.itemsize
+    return count * each * width * (tokens if style == "per token" else 1)
 
 
-def _residual_inputs(tokens: int, width: int, dtype: Any, device: Any, **_: int) -> dict[str, Any]:
+def _norm_inputs(tokens: int, width: int, dtype: Any, device: Any, style: str = "wan", **_: int) -> dict[str, Any]:
+    scale, shift = _modulation(2, tokens, width, style, dtype, device)
+    inputs: dict[str, Any] = {"x": _rand(1, tokens, width, dtype=dtype, device=device), "scale": scale, "shift": shift}
+    if style == "cogvideox":
+        inputs |= {name: _rand(width, dtype=dtype, device=device) for name in ("weight", "bias")} | {"eps": 1e-5}
+    return inputs
+
+
+def _norm_bytes(tokens: int, width: int, dtype: torch.dtype, style: str = "wan", **_: int) -> int:
+    affine = 2 * width * dtype.itemsize if style == "cogvideox" else 0
+    return 2 * tokens * width * dtype.itemsize + _modulation_bytes(2, tokens, width, style, dtype) + affine
+
+
+def _residual_inputs(tokens: int, width: int, dtype: Any, device: Any, style: str = "wan", **_: int) -> dict[str, Any]:
     x, y = (_rand(1, tokens, width, dtype=dtype, device=device) for _ in range(2))
-    return {"x": x, "y": y, "gate": _rand(1, 1, width, dtype=torch.float32, device=device)}
+    return {"x": x, "y": y, "gate": _modulation(1, tokens, width, style, dtype, device)[0]}
 
 
-def _gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return (x.float() + y * gate).type_as(x)
+def _residual_bytes(tokens: int, width: int, dtype: torch.dtype, style: str = "wan", **_: int) -> int:
+    return 3 * tokens * width * dtype.itemsize + _modulation_bytes(1, tokens, width, style, dtype)
 
 
-def _residual_norm_inputs(tokens: int, width: int, dtype: Any, device: Any, **_: int) -> dict[str, Any]:
-    modulation = _norm_inputs(1, width, dtype, device)
-    return {
-        **_residual_inputs(tokens, width, dtype, device),
-        "scale": modulation["scale"],
-        "shift": modulation["shift"],
-    }
+def _residual_norm_inputs(
+    tokens: int, width: int, dtype: Any, device: Any, style: str = "wan", **_: int
+) -> dict[str, Any]:
+    x, y = (_rand(1, tokens, width, dtype=dtype, device=device) for _ in range(2))
+    gate, scale, shift = _modulation(3, tokens, width, style, dtype, device)
+    return {"x": x, "y": y, "gate": gate, "scale": scale, "shift": shift}
 
 
-def _gate_residual_norm_modulate(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Any:
-    new = _gate_residual(x, y, gate)
-    return new, _layer_norm_modulate(new, scale, shift)
+def _residual_norm_bytes(tokens: int, width: int, dtype: torch.dtype, style: str = "wan", **_: int) -> int:
+    return 4 * tokens * width * dtype.itemsize + _modulation_bytes(3, tokens, width, style, dtype)
 
 
-def _rms_inputs(tokens: int, width: int, dtype: Any, device: Any, **_: int) -> dict[str, Any]:
-    return {
-        "x": _rand(1, tokens, width, dtype=dtype, device=device),
-        "weight": _rand(width, dtype=dtype, device=device),
-    }
+def _rms_inputs(tokens: int, width: int, heads: int, dtype: Any, device: Any, style: str = "wan") -> dict[str, Any]:
+    if style == "per head":
+        x = _rand(1, tokens, heads, width // heads, dtype=dtype, device=device)
+    else:
+        x = _rand(1, tokens, width, dtype=dtype, device=device)
+    return {"x": x} if style == "no weight" else {"x": x, "weight": _rand(x.shape[-1], dtype=dtype, device=device)}
 
 
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+def _rms_bytes(tokens: int, width: int, heads: int, dtype: torch.dtype, style: str = "wan") -> int:
+    weight = {"per head": width // heads, "no weight": 0}.get(style, width)
+    return (2 * tokens * width + weight) * dtype.itemsize
 
 
-def _qk_inputs(tokens: int, width: int, heads: int, dtype: Any, device: Any) -> dict[str, Any]:
+def _qk_inputs(tokens: int, width: int, heads: int, dtype: Any, device: Any, style: str = "wan") -> dict[str, Any]:
     head_dim = width // heads
     packed = _rand(1, tokens, 3, heads, head_dim, dtype=dtype, device=device)
-    angle = torch.rand(1, tokens, 1, head_dim // 2, device=device).repeat_interleave(2, -1) * 6.0
-    return {
+    text = shapes.COG_TEXT * (tokens > shapes.COG_TEXT) if style == "cogvideox" else 0
+    table_heads = heads if style == "tables per head" else 1
+    angle = torch.rand(1, tokens - text, table_heads, head_dim // 2, device=device).repeat_interleave(2, -1) * 6.0
+    per_head = style in ("per head", "cogvideox")
+    names = ("q_weight", "k_weight") + (("q_bias", "k_bias") if style == "cogvideox" else ())
+    inputs: dict[str, Any] = {
         "q": packed[:, :, 0],
         "k": packed[:, :, 1],
-        "q_weight": _rand(width, dtype=dtype, device=device),
-        "k_weight": _rand(width, dtype=dtype, device=device),
+        **{name: _rand(head_dim if per_head else width, dtype=dtype, device=device) for name in names},
         "cos": angle.cos(),
         "sin": angle.sin(),
-        "norm": "across_heads",
+        "norm": "per_head" if per_head else "across_heads",
         "layout": "interleaved",
     }
+    if style == "cogvideox":
+        inputs |= {"norm_type": "layer", "rotary_range": (text, tokens)}
+    return inputs
 
 
-def _qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, **_: Any
-) -> tuple[Tensor, Tensor]:
-    def one(x: Tensor, weight: Tensor) -> Tensor:
-        x = F.rms_norm(x.flatten(2), (weight.numel(),), weight, 1e-6).unflatten(2, x.shape[2:])
-        x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
-        c, s = cos[..., 0::2], sin[..., 1::2]
-        out = torch.empty_like(x)
-        out[..., 0::2] = x1 * c - x2 * s
-        out[..., 1::2] = x1 * s + x2 * c
-        return out.type_as(x)
-
-    return one(q, q_weight), one(k, k_weight)
+def _qk_bytes(tokens: int, width: int, heads: int, dtype: torch.dtype, style: str = "wan") -> int:
+    head_dim = width // heads
+    text = shapes.COG_TEXT * (tokens > shapes.COG_TEXT) if style == "cogvideox" else 0
+    vectors = {"per head": 2 * head_dim, "cogvideox": 4 * head_dim}.get(style, 2 * width)
+    tables = 2 * (tokens - text) * head_dim * (heads if style == "tables per head" else 1)
+    return (4 * tokens * width + vectors) * dtype.itemsize + tables * FP32
 
 
 # Door and head ------------------------------------------------------------------------------------------------
-
-
-_CLIP_GPU = {
-    "wan-1.3b-480p": {"grid": (21, 30, 52), "width": 1536, "channels": 16},
-    "wan-14b-720p": {"grid": (21, 45, 80), "width": 5120, "channels": 16},
-}
-_CLIP_CPU = {"wan-1.3b-256": {"grid": (5, 16, 16), "width": 1536, "channels": 16}}
 
 
 def _embed_inputs(grid: Any, width: int, channels: int, dtype: Any, device: Any) -> dict[str, Any]:
@@ -162,8 +187,9 @@ def _embed_inputs(grid: Any, width: int, channels: int, dtype: Any, device: Any)
     }
 
 
-def _patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+def _embed_bytes(grid: Any, width: int, channels: int, dtype: torch.dtype) -> int:
+    tokens, columns = prod(grid), channels * 4
+    return (tokens * columns + width * columns + width + tokens * width) * dtype.itemsize
 
 
 def _embed_flops(grid: Any, width: int, channels: int) -> float:
@@ -180,12 +206,9 @@ def _final_inputs(grid: Any, width: int, channels: int, dtype: Any, device: Any)
     }
 
 
-def _final_layer(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, grid: Any, patch: Any
-) -> Tensor:
-    y = F.linear(_layer_norm_modulate(x, scale, shift), weight, bias)
-    y = y.reshape(x.shape[0], *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+def _final_bytes(grid: Any, width: int, channels: int, dtype: torch.dtype) -> int:
+    tokens, columns = prod(grid), channels * 4
+    return (tokens * width + columns * width + columns + tokens * columns) * dtype.itemsize + 2 * width * FP32
 
 
 # Attention ----------------------------------------------------------------------------------------------------
@@ -196,9 +219,8 @@ def _attention_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: 
     return {"q": q, "k": k, "v": v, "grid": grid}
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, grid: Any) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+def _attention_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    return 4 * prod(grid) * heads * head_dim * dtype.itemsize
 
 
 def _attention_flops(grid: Any, heads: int, head_dim: int) -> float:
@@ -208,11 +230,12 @@ def _attention_flops(grid: Any, heads: int, head_dim: int) -> float:
 # VAE ----------------------------------------------------------------------------------------------------------
 
 
-_VAE_GPU = {
-    "wan-480p-full-96": {"grid": (4, 480, 832), "channels": 96},
-    "wan-480p-half-192": {"grid": (4, 240, 416), "channels": 192},
-}
-_VAE_CPU = {"wan-128-full-96": {"grid": (4, 128, 128), "channels": 96}}
+def _channels_first(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Clips as the stock decoder has them: ``[B, C, T, H, W]``, contiguous."""
+    clips: dict[str, Any] = {
+        name: inputs[name].permute(0, 4, 1, 2, 3).contiguous() for name in ("x", "cache") if name in inputs
+    }
+    return {**inputs, **clips}
 
 
 def _vae_norm_inputs(grid: Any, channels: int, dtype: Any, device: Any) -> dict[str, Any]:
@@ -222,8 +245,8 @@ def _vae_norm_inputs(grid: Any, channels: int, dtype: Any, device: Any) -> dict[
     }
 
 
-def _rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
-    return F.silu(F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * weight)
+def _vae_norm_bytes(grid: Any, channels: int, dtype: torch.dtype) -> int:
+    return (2 * prod(grid) + 1) * channels * dtype.itemsize
 
 
 def _conv_inputs(grid: Any, channels: int, dtype: Any, device: Any) -> dict[str, Any]:
@@ -235,10 +258,9 @@ def _conv_inputs(grid: Any, channels: int, dtype: Any, device: Any) -> dict[str,
     }
 
 
-def _causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, cache: Tensor) -> Tensor:
-    # As the stock decoder has it: channels first, concatenate the cache, pad, convolve.
-    video = torch.cat([cache, x], 1).permute(0, 4, 1, 2, 3)
-    return F.conv3d(F.pad(video, (1, 1, 1, 1, 0, 0)), weight, bias).permute(0, 2, 3, 4, 1)
+def _conv_bytes(grid: Any, channels: int, dtype: torch.dtype) -> int:
+    t, h, w = grid
+    return ((2 * t + 2) * h * w + 27 * channels + 1) * channels * dtype.itemsize
 
 
 def _conv_flops(grid: Any, channels: int) -> float:
@@ -246,10 +268,6 @@ def _conv_flops(grid: Any, channels: int) -> float:
 
 
 # Sampler ------------------------------------------------------------------------------------------------------
-
-
-_LATENT_GPU = {"wan-480p": {"shape": (1, 16, 21, 60, 104)}, "wan-720p": {"shape": (1, 16, 21, 90, 160)}}
-_LATENT_CPU = {"wan-480p": {"shape": (1, 16, 21, 60, 104)}}
 
 
 def _guidance_inputs(shape: Any, dtype: Any, device: Any) -> dict[str, Any]:
@@ -263,10 +281,8 @@ def _guidance_inputs(shape: Any, dtype: Any, device: Any) -> dict[str, Any]:
     }
 
 
-def _guidance_step(
-    latent: Tensor, cond: Tensor, uncond: Tensor, guidance_scale: float, sigma: float, sigma_next: float
-) -> Tensor:
-    return latent + (sigma_next - sigma) * (uncond + guidance_scale * (cond - uncond))
+def _guidance_bytes(shape: Any, dtype: torch.dtype) -> int:
+    return prod(shape) * 2 * (FP32 + dtype.itemsize)
 
 
 def _unipc_inputs(shape: Any, dtype: Any, device: Any) -> dict[str, Any]:
@@ -286,42 +302,34 @@ def _unipc_inputs(shape: Any, dtype: Any, device: Any) -> dict[str, Any]:
     }
 
 
-def _unipc_step(
-    sample: Tensor, cond: Tensor, uncond: Tensor, last_sample: Tensor, history: Any, corrector: Any, predictor: Any,
-    guidance_scale: float, sigma: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    # The update's linear combinations alone; diffusers' step() adds a linear solve and scalar tensors to them.
-    x0 = sample - sigma * (uncond + guidance_scale * (cond - uncond))
-    corrected = corrector[0] * last_sample + corrector[1] * x0 + corrector[2] * history[0]
-    return predictor[0] * corrected + predictor[1] * x0 + predictor[2] * history[0], x0, corrected
+def _unipc_bytes(shape: Any, dtype: torch.dtype) -> int:
+    return prod(shape) * (6 * FP32 + 2 * dtype.itemsize)
 
 
+_S = shapes
 ENTRIES: dict[str, Entry] = {
     entry.op: entry
     for entry in (
-        Entry("layer_norm_modulate", _WAN_GPU, _WAN_CPU, _norm_inputs, _layer_norm_modulate),
-        Entry("gate_residual", _WAN_GPU, _WAN_CPU, _residual_inputs, _gate_residual),
-        Entry("gate_residual_norm_modulate", _WAN_GPU, _WAN_CPU, _residual_norm_inputs, _gate_residual_norm_modulate),
-        Entry("rms_norm", _WAN_GPU, _WAN_CPU, _rms_inputs, _rms_norm),
-        Entry("qk_norm_rope", _WAN_GPU, _WAN_CPU, _qk_inputs, _qk_norm_rope),
-        Entry("patch_embed3d", _CLIP_GPU, _CLIP_CPU, _embed_inputs, _patch_embed3d, _embed_flops),
-        Entry("final_layer", _CLIP_GPU, _CLIP_CPU, _final_inputs, _final_layer, _embed_flops),
-        Entry(
-            "spacetime_attention",
-            {
-                "wan-1.3b-480p": {"grid": (21, 30, 52), "heads": 12, "head_dim": 128},
-                "wan-14b-480p": {"grid": (21, 30, 52), "heads": 40, "head_dim": 128},
-                "hunyuan-720p": {"grid": (30, 48, 80), "heads": 24, "head_dim": 128},
-                "cogvideox-480p": {"grid": (13, 30, 45), "heads": 48, "head_dim": 64},
-            },
-            {"wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128}},
-            _attention_inputs,
-            _attention,
-            _attention_flops,
-        ),
-        Entry("rms_norm_silu", _VAE_GPU, _VAE_CPU, _vae_norm_inputs, _rms_norm_silu),
-        Entry("causal_conv3d", _VAE_GPU, _VAE_CPU, _conv_inputs, _causal_conv3d, _conv_flops),
-        Entry("guidance_step", _LATENT_GPU, _LATENT_CPU, _guidance_inputs, _guidance_step),
-        Entry("unipc_step", _LATENT_GPU, _LATENT_CPU, _unipc_inputs, _unipc_step),
+        Entry("layer_norm_modulate", _S.MODULATE_GPU, _S.MODULATE_CPU, _norm_inputs, eager.layer_norm_modulate,
+              _norm_bytes),
+        Entry("gate_residual", _S.RESIDUAL_GPU, _S.RESIDUAL_CPU, _residual_inputs, eager.gate_residual,
+              _residual_bytes),
+        Entry("gate_residual_norm_modulate", _S.RESIDUAL_GPU, _S.RESIDUAL_CPU, _residual_norm_inputs,
+              eager.gate_residual_norm_modulate, _residual_norm_bytes),
+        Entry("rms_norm", _S.RMS_GPU, _S.RMS_CPU, _rms_inputs, eager.rms_norm, _rms_bytes),
+        Entry("qk_norm_rope", _S.QK_GPU, _S.QK_CPU, _qk_inputs, eager.qk_norm_rope, _qk_bytes),
+        Entry("qk_norm_rope_", _S.QK_IN_PLACE_GPU, _S.QK_IN_PLACE_CPU, _qk_inputs, eager.qk_norm_rope, _qk_bytes),
+        Entry("patch_embed3d", _S.EMBED_GPU, _S.EMBED_CPU, _embed_inputs, eager.patch_embed3d, _embed_bytes,
+              _embed_flops, convolves=True),
+        Entry("final_layer", _S.FINAL_GPU, _S.EMBED_CPU, _final_inputs, eager.final_layer, _final_bytes,
+              _embed_flops),
+        Entry("spacetime_attention", _S.ATTENTION_GPU, _S.ATTENTION_CPU, _attention_inputs, eager.spacetime_attention,
+              _attention_bytes, _attention_flops),
+        Entry("rms_norm_silu", _S.VAE_GPU, _S.VAE_CPU, _vae_norm_inputs, eager.rms_norm_silu, _vae_norm_bytes,
+              stock=_channels_first),
+        Entry("causal_conv3d", _S.VAE_GPU, _S.VAE_CPU, _conv_inputs, eager.causal_conv3d, _conv_bytes, _conv_flops,
+              stock=_channels_first, convolves=True),
+        Entry("guidance_step", _S.EULER_GPU, _S.LATENT_CPU, _guidance_inputs, eager.guidance_step, _guidance_bytes),
+        Entry("unipc_step", _S.LATENT_GPU, _S.LATENT_CPU, _unipc_inputs, eager.unipc_step, _unipc_bytes),
     )
-}
+}  # fmt: skip

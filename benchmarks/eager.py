@@ -1,0 +1,125 @@
+"""What the models run in eager PyTorch where an op of ours would stand: the baseline of every ratio.
+
+Each function takes the keyword arguments of the public op, after `Entry.stock` has laid them out as the model does. The
+order of operations and the dtype of each are the reference implementation's, for they are what it spends its time on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    if scale.dtype == x.dtype:  # HunyuanVideo, CogVideoX: in the model's dtype throughout
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
+    return (F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps) * (1 + scale) + shift).type_as(x)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    if gate.dtype == x.dtype:
+        return x + y * gate
+    return (x.float() + y * gate).type_as(x)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    new = gate_residual(x, y, gate)
+    return new, layer_norm_modulate(new, scale, shift)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: str,
+    norm_type: str = "rms",
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    rotary_range: tuple[int, int] | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    per_head_tables = cos.dim() == 4 and cos.shape[2] > 1
+
+    def one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if norm_type == "layer":  # CogVideoX
+            x = F.layer_norm(x, weight.shape, weight, bias, 1e-6)
+        elif norm == "per_head":  # HunyuanVideo
+            x = F.rms_norm(x, weight.shape, weight, 1e-6)
+        else:  # Wan and LTX: over all heads, which are split afterwards
+            x = F.rms_norm(x.flatten(2), weight.shape, weight, 1e-6).unflatten(2, x.shape[2:])
+        if norm == "per_head" or per_head_tables:
+            return _rotate_real(x, rotary_range)
+        x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos[..., 0::2], sin[..., 1::2]
+        out = torch.empty_like(x)
+        out[..., 0::2] = x1 * c - x2 * s
+        out[..., 1::2] = x1 * s + x2 * c
+        return out.type_as(x)
+
+    def _rotate_real(x: Tensor, rotated: tuple[int, int] | None) -> Tensor:
+        """diffusers' ``apply_rotary_emb`` with real tables; text is left out and concatenated again."""
+        if rotated is not None:
+            start, stop = rotated
+            return torch.cat((x[:, :start], _rotate_real(x[:, start:stop], None), x[:, stop:]), 1)
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-imaginary, real], -1).flatten(-2)
+        return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+    return one(q, q_weight, q_bias), one(k, k_weight, k_bias)
+
+
+def patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+
+
+def final_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, grid: Any, patch: Any) -> Tensor:
+    y = F.linear(layer_norm_modulate(x, scale, shift), weight, bias)
+    y = y.reshape(x.shape[0], *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def spacetime_attention(q: Tensor, k: Tensor, v: Tensor, grid: Any) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """On ``[B, C, T, H, W]``, as the stock decoder has it; channels last again by a view."""
+    no_bias = 0.0  # the module adds it all the same
+    y = F.normalize(x.float(), dim=1).type_as(x) * x.shape[1] ** 0.5 * weight.view(-1, 1, 1, 1) + no_bias
+    return F.silu(y).permute(0, 2, 3, 4, 1)
+
+
+def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, cache: Tensor) -> Tensor:
+    """On ``[B, C, T, H, W]``: concatenate the cache, pad, convolve; channels last again by a view."""
+    return F.conv3d(F.pad(torch.cat([cache, x], 2), (1, 1, 1, 1, 0, 0)), weight, bias).permute(0, 2, 3, 4, 1)
+
+
+def guidance_step(
+    latent: Tensor, cond: Tensor, uncond: Tensor, guidance_scale: float, sigma: float, sigma_next: float
+) -> Tensor:
+    return latent + (sigma_next - sigma) * (uncond + guidance_scale * (cond - uncond))
+
+
+def unipc_step(
+    sample: Tensor, cond: Tensor, uncond: Tensor, last_sample: Tensor, history: Any, corrector: Any, predictor: Any,
+    guidance_scale: float, sigma: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # The update's linear combinations alone; diffusers' step() adds a linear solve and scalar tensors to them.
+    x0 = sample - sigma * (uncond + guidance_scale * (cond - uncond))
+    corrected = corrector[0] * last_sample + corrector[1] * x0 + corrector[2] * history[0]
+    return predictor[0] * corrected + predictor[1] * x0 + predictor[2] * history[0], x0, corrected

@@ -1,0 +1,112 @@
+"""The sizes that video models run at, by name: model, then clip.
+
+Tokens are those of one sample after the patch embedding. ``gpu`` shapes are the models' own; ``cpu`` shapes have their
+widths and as many tokens as a laptop does in a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+Shapes = Mapping[str, Mapping[str, Any]]
+
+# Tokens (time, height, width) of a clip.
+WAN_480P = (21, 30, 52)  # 81 frames of 480 x 832
+WAN_720P = (21, 45, 80)  # 81 frames of 720 x 1280
+WAN_5B_704P = (31, 22, 40)  # 121 frames of 704 x 1280 in the 16x16x4 latent space of Wan 2.2 5B
+HUNYUAN_720P = (30, 48, 80)  # 117 frames of 768 x 1280
+LTX_512P = (16, 16, 24)  # 121 frames of 512 x 768
+COG_480P = (13, 30, 45)  # 49 frames of 480 x 720
+COG_TEXT = 226
+
+# Width and heads of a transformer.
+WAN_1B = {"width": 1536, "heads": 12}
+WAN_14B = {"width": 5120, "heads": 40}
+WAN_5B = {"width": 3072, "heads": 24}
+HUNYUAN = {"width": 3072, "heads": 24}
+LTX = {"width": 2048, "heads": 32}
+COG = {"width": 3072, "heads": 48}
+
+_WAN = {
+    "wan-1.3b-480p": {"tokens": prod(WAN_480P), **WAN_1B},
+    "wan-14b-480p": {"tokens": prod(WAN_480P), **WAN_14B},
+    "wan-1.3b-720p": {"tokens": prod(WAN_720P), **WAN_1B},
+    "wan-14b-720p": {"tokens": prod(WAN_720P), **WAN_14B},
+}
+_SMALL = {"wan-1.3b-4k": {"tokens": 4096, **WAN_1B}}
+
+# ``style`` is whose code the layer follows (registry): where it rounds, what it leaves out.
+MODULATE_GPU: Shapes = {
+    **_WAN,
+    "wan-5b-704p": {"tokens": prod(WAN_5B_704P), **WAN_5B, "style": "per token"},
+    "hunyuan-720p": {"tokens": prod(HUNYUAN_720P), **HUNYUAN, "style": "hunyuan"},
+    "cogvideox-480p": {"tokens": prod(COG_480P), **COG, "style": "cogvideox"},
+}
+MODULATE_CPU: Shapes = {**_SMALL, "hunyuan-1k": {"tokens": 1024, **HUNYUAN, "style": "hunyuan"}}
+
+RESIDUAL_GPU: Shapes = {
+    **_WAN,
+    "wan-5b-704p": {"tokens": prod(WAN_5B_704P), **WAN_5B, "style": "per token"},
+    "hunyuan-720p": {"tokens": prod(HUNYUAN_720P), **HUNYUAN, "style": "hunyuan"},
+}
+RESIDUAL_CPU: Shapes = MODULATE_CPU
+
+RMS_GPU: Shapes = {
+    **_WAN,
+    "wan-5b-704p": {"tokens": prod(WAN_5B_704P), **WAN_5B},
+    "hunyuan-720p": {"tokens": prod(HUNYUAN_720P), **HUNYUAN, "style": "per head"},
+    "ltx-512p": {"tokens": prod(LTX_512P), **LTX, "style": "no weight"},
+}
+RMS_CPU: Shapes = {**_SMALL, "hunyuan-1k": {"tokens": 1024, **HUNYUAN, "style": "per head"}}
+
+QK_GPU: Shapes = {
+    **_WAN,
+    "wan-5b-704p": {"tokens": prod(WAN_5B_704P), **WAN_5B},
+    "hunyuan-720p": {"tokens": prod(HUNYUAN_720P), **HUNYUAN, "style": "per head"},
+    "ltx-512p": {"tokens": prod(LTX_512P), **LTX, "style": "tables per head"},
+    "cogvideox-480p": {"tokens": prod(COG_480P) + COG_TEXT, **COG, "style": "cogvideox"},
+}
+QK_CPU: Shapes = {**_SMALL, "hunyuan-1k": {"tokens": 1024, **HUNYUAN, "style": "per head"}}
+QK_IN_PLACE_GPU: Shapes = {name: QK_GPU[name] for name in ("wan-1.3b-480p", "wan-14b-480p", "hunyuan-720p")}
+QK_IN_PLACE_CPU: Shapes = _SMALL
+
+EMBED_GPU: Shapes = {
+    "wan-1.3b-480p": {"grid": WAN_480P, "width": 1536, "channels": 16},
+    "wan-14b-720p": {"grid": WAN_720P, "width": 5120, "channels": 16},
+    "wan-5b-704p": {"grid": WAN_5B_704P, "width": 3072, "channels": 48},
+    "hunyuan-720p": {"grid": HUNYUAN_720P, "width": 3072, "channels": 16},
+    "cogvideox-480p": {"grid": COG_480P, "width": 3072, "channels": 16},
+}
+FINAL_GPU: Shapes = {name: EMBED_GPU[name] for name in ("wan-1.3b-480p", "wan-14b-720p", "wan-5b-704p")}
+EMBED_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "width": 1536, "channels": 16}}
+
+ATTENTION_GPU: Shapes = {
+    "wan-1.3b-480p": {"grid": WAN_480P, "heads": 12, "head_dim": 128},
+    "wan-14b-480p": {"grid": WAN_480P, "heads": 40, "head_dim": 128},
+    "wan-1.3b-720p": {"grid": WAN_720P, "heads": 12, "head_dim": 128},
+    "wan-5b-704p": {"grid": WAN_5B_704P, "heads": 24, "head_dim": 128},
+    "hunyuan-720p": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128},
+    "ltx-512p": {"grid": LTX_512P, "heads": 32, "head_dim": 64},
+    "cogvideox-480p": {"grid": COG_480P, "heads": 48, "head_dim": 64},
+}
+ATTENTION_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128}}
+
+# Four frames at a time: what the decoder makes of one latent frame.
+VAE_GPU: Shapes = {
+    "wan-480p-full-96": {"grid": (4, 480, 832), "channels": 96},
+    "wan-480p-half-192": {"grid": (4, 240, 416), "channels": 192},
+    "wan-480p-quarter-384": {"grid": (2, 120, 208), "channels": 384},
+    "wan-720p-full-96": {"grid": (4, 720, 1280), "channels": 96},
+    "wan-5b-704p-full-256": {"grid": (4, 352, 640), "channels": 256},
+}
+VAE_CPU: Shapes = {"wan-128-full-96": {"grid": (4, 128, 128), "channels": 96}}
+
+LATENT_GPU: Shapes = {
+    "wan-480p": {"shape": (1, 16, 21, 60, 104)},
+    "wan-720p": {"shape": (1, 16, 21, 90, 160)},
+    "wan-5b-704p": {"shape": (1, 48, 31, 44, 80)},
+}
+EULER_GPU: Shapes = {**LATENT_GPU, "ltx-512p": {"shape": (1, prod(LTX_512P), 128)}}
+LATENT_CPU: Shapes = {"wan-480p": {"shape": (1, 16, 21, 60, 104)}}
