@@ -252,8 +252,9 @@ def decode(pipe: Any, latents: Tensor, clip: Clip, *, seed: int = 0) -> Tensor:
     family = clip.arch.family
     video = family.denormalise(pipe.vae, family.to_vae(pipe, clip, latents).to(pipe.vae.dtype))
     video, options = family.decode_options(clip, video, seed)
-    out: Tensor = pipe.vae.decode(video, **options, return_dict=False)[0]
-    return out.float().clamp_(-1, 1)
+    out: Tensor = pipe.vae.decode(video, **options, return_dict=False)[0].float()
+    # Clamped, an infinity would pass for a white pixel.
+    return out.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=torch.nan).clamp_(-1, 1)
 
 
 def encode_prompt(pipe: Any, arch: Architecture, prompt: str, negative: str = "") -> dict[str, Any]:
