@@ -162,6 +162,7 @@ def load(request: Request, device: torch.device, dtype: torch.dtype) -> tuple[So
         start = time.perf_counter()
         prompt = models.encode_prompt(pipe, arch, request.prompt)
         text_seconds = time.perf_counter() - start
+        models.drop_text_encoders(pipe)
     steps = request.steps or arch.defaults.steps
     guidance = arch.defaults.guidance if request.guidance is None else request.guidance
     latents = models.initial_latents(pipe, clip, seed=request.seed)

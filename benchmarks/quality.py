@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyvideo_kernels.errors import PyVideoError
 
-from .variants import sharing_copy
+from .variants import map_tensors, sharing_copy
 
 
 class BrokenVideo(PyVideoError):
@@ -38,6 +38,16 @@ def check_finite(what: str, tensor: Tensor) -> None:
     broken = int((~torch.isfinite(tensor)).sum())
     if broken:
         raise BrokenVideo(f"black or broken video: {broken} of {tensor.numel()} values of the {what} are NaN or inf")
+
+
+def check_not_black(video: np.ndarray, reference: np.ndarray) -> None:
+    """Refuse a video of one colour where ``reference`` shows something.
+
+    Raises:
+        BrokenVideo: names the value.
+    """
+    if video.min() == video.max() and reference.min() != reference.max():
+        raise BrokenVideo(f"black or broken video: all of its pixels are {video.flat[0]:.3g}, and eager's are not")
 
 
 def frames(decoded: Tensor) -> np.ndarray:
@@ -109,7 +119,7 @@ def first_call(model: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not caught:
-            caught.append((_map(args, Tensor.clone), _map(kwargs, Tensor.clone)))
+            caught.append((map_tensors(args, Tensor.clone), map_tensors(kwargs, Tensor.clone)))
 
     handle = model.register_forward_pre_hook(catch, with_kwargs=True)
     try:
@@ -139,7 +149,7 @@ def float32_velocity(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, An
         _upcast_around(unit, owned)
     args, kwargs = call
     with _full_precision():
-        return velocity(reference, (_map(args, _to_float32), _map(kwargs, _to_float32)))
+        return velocity(reference, (map_tensors(args, _to_float32), map_tensors(kwargs, _to_float32)))
 
 
 def _units(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
@@ -190,13 +200,3 @@ def _full_precision() -> Iterator[None]:
 
 def _to_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    return value

@@ -132,10 +132,11 @@ class Session:
 
     def warm(self, entry: Entry) -> None:
         """Build a variant, run its first clip, check its video and compare it with the base's."""
-        before, calls = self.clock.allocated() or 0, dispatch.calls()
+        before = self.clock.allocated() or 0
         graphs = _graphs() if entry.variant.compile is not None else None
         built = build(self.source.pipe, entry.variant)
         entry.facts["notes"] = list(built.notes)
+        calls = dispatch.calls()  # after accelerate(), which may have checked kernels
         if entry is self.base and self.float32:
             caught: list[Clip] = []
             self._call = quality.first_call(built.pipe.transformer, lambda: caught.append(self._clip(built)))
@@ -170,6 +171,7 @@ class Session:
         if self._latents is not None:
             out["latents_error"] = quality.relative_error(clip.latents.cpu(), self._latents)
         if frames is not None and self._frames is not None:
+            quality.check_not_black(frames, self._frames)
             out |= quality.compare_videos(frames, self._frames)
         if self._call is not None:
             try:

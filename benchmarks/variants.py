@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pyvideo_kernels.dispatch import IMPLS
 from pyvideo_kernels.errors import ModelError, UnsupportedError, ValueOptionError
@@ -56,6 +57,11 @@ class Compile:
     dynamic: bool | None = None
     compiler: str = "inductor"
     vae: bool = False
+
+    @property
+    def replays(self) -> bool:
+        """Whether it runs as CUDA graphs."""
+        return self.compiler == "cudagraphs" or self.mode in ("reduce-overhead", "max-autotune")
 
     def arguments(self) -> dict[str, Any]:
         """For ``torch.compile``."""
@@ -115,10 +121,13 @@ def parse_all(texts: Iterable[str]) -> tuple[Variant, ...]:
 def _variant(name: str, bases: list[str], given: dict[str, Any]) -> Variant:
     backend = given.pop("backend", None)
     ours = {key: given.pop(key) for key in tuple(_OURS) if key in given}
+    how = Compile(**given)
+    if how.mode is not None and how.compiler != "inductor":
+        raise ValueOptionError(f"--ab {name}: mode is a setting of inductor, not of compiler={how.compiler}")
     return Variant(
         name,
         accelerate=ours if "ours" in bases else None,
-        compile=Compile(**given) if "compile" in bases else None,
+        compile=how if "compile" in bases else None,
         backend=backend,
     )
 
@@ -272,6 +281,8 @@ def _compile(pipe: Any, how: Compile) -> None:
             continue
         if how.scope == "model":
             model.compile(**how.arguments())
+            if how.replays:
+                _keep_outputs(model)
         else:
             for block in repeated_blocks(model):
                 block.compile(fullgraph=True, **how.arguments())
@@ -280,6 +291,29 @@ def _compile(pipe: Any, how: Compile) -> None:
         if vae is None:
             raise UnsupportedError("vae=true: this run has no VAE")
         vae.decoder.compile(**how.arguments())
+
+
+def _keep_outputs(model: nn.Module) -> None:
+    """Copy what a CUDA graph puts out: the pipeline holds on to one prediction while the next replay overwrites it."""
+    compiled = model._compiled_call_impl
+    assert compiled is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return map_tensors(compiled(*args, **kwargs), Tensor.clone)
+
+    model._compiled_call_impl = call
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``function`` of every tensor in its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    if isinstance(value, dict):
+        return type(value)((key, map_tensors(item, function)) for key, item in value.items())
+    return value
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
