@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from pyvideo_kernels.benchmarks import results
 from pyvideo_kernels.benchmarks.launches import Compiler, Launch, asked, launches_of
 from pyvideo_kernels.benchmarks.registry import ENTRIES
+from pyvideo_kernels.benchmarks.results import SCHEMA, provenance, write
 from pyvideo_kernels.benchmarks.timing import interleaved
 from pyvideo_kernels.benchmarks.tune_search import GAIN, OutOfTime, Question, Say, Search, Timer
 from pyvideo_kernels.configs import forced_arch, target_of, tuned
@@ -62,12 +62,12 @@ class Table:
 
     def __init__(self, path: Path, device: torch.device, settings: dict[str, Any]) -> None:
         self.path = path
-        where = results.provenance(device) | {"triton": tuned.triton_version()}
+        where = provenance(device) | {"triton": tuned.triton_version()}
         if device.type == "cuda":
             where["gpu"] = torch.cuda.get_device_name(device)  # the name that tables are looked up by
         where["revision"] = where.get("revision") or "unknown"  # a copy without git: the rows' digests tell
         self.result: dict[str, Any] = {
-            "schema": results.SCHEMA, "kind": "tuning", "provenance": where, "settings": settings, "ceilings": {},
+            "schema": SCHEMA, "kind": "tuning", "provenance": where, "settings": settings, "ceilings": {},
             "rows": [],
         }  # fmt: skip
         self.note: str | None = None
@@ -98,7 +98,7 @@ class Table:
         """Replace the key's row and write the file."""
         kept = [r for r in self.result["rows"] if (r["family"], r["key"]) != (row["family"], row["key"])]
         self.result["rows"] = sorted([*kept, row], key=lambda r: (r["op"], r["family"], str(sorted(r["key"].items()))))
-        results.write(self.path, self.result)
+        write(self.path, self.result)
         tuned.clear()
 
 

@@ -10,6 +10,9 @@ table, ``tests/static/<op>.json``.
     python -m pyvideo_kernels.testing.static --update rms_norm  # rewrite that op's table
     python -m pyvideo_kernels.testing.static --show rms_norm --arch sm_90
 
+The tuned configurations of ``pyvideo_kernels/configs/<gpu>.json`` are held to the same rules, at the shapes they were
+tuned at, whenever every op is checked.
+
 Spec files are ``tests/static/spec_<op>.py`` with ``CASES: list[Case]``.
 """
 
@@ -34,7 +37,8 @@ from typing import Any
 
 import torch
 
-from ..configs import forced_arch, has_tma, shared_memory_limit
+from ..configs import forced_arch, has_tma, shared_memory_limit, tuned
+from ..errors import ValueOptionError
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
@@ -292,6 +296,42 @@ def check(folder: Path, op: str, archs: Sequence[str], update: bool = False) -> 
     return problems
 
 
+def check_tuned(path: Path) -> list[str]:
+    """Compile the tuned configurations of one table at the shapes they were tuned at; returns the problems.
+
+    A row may say in ``allow_spill`` why its spills are accepted. Rows of other kernels and tables of another Triton
+    choose nothing here: they are held to be legal, and are not compiled.
+    """
+    from pyvideo_kernels.benchmarks.launches import Job, Launch, compile_job
+
+    problems = []
+    try:
+        found = tuned.read(path)
+    except ValueOptionError as error:
+        return [str(error)]
+    arch = found["provenance"]["arch"]
+    for row in found["rows"]:
+        label = f"{path.name}: {row['family']} {row['key']}"
+        if not row["tuned"] or not tuned.current(row):
+            continue
+        try:
+            config = tuned.row_config(row, arch)
+        except ValueOptionError as error:
+            problems.append(f"{label}: {error}")
+            continue
+        if found["provenance"]["triton"] != tuned.triton_version():
+            continue
+        for shape in (each["shape"] for each in row["measured"]):
+            launch = Launch(tuned.row_op(row), shape, row["dtype"])
+            compiled = compile_job(Job(launch, arch, row["family"], tuple(sorted(row["key"].items())), config))
+            if compiled.error is not None:
+                problems.append(f"{label} at {shape}: {compiled.error}")
+            case = Case(shape, lambda: None, allow_spill={arch: row["allow_spill"]} if row.get("allow_spill") else {})
+            problems += [f"{label} at {shape}: {text}" for text in judge(case, arch, list(compiled.readings))
+                         if compiled.readings]  # fmt: skip
+    return problems
+
+
 def all_ops(folder: Path) -> list[str]:
     return sorted(path.stem.removeprefix("spec_") for path in folder.glob("spec_*.py"))
 
@@ -303,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("ops", nargs="*", help="ops to examine (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("tests/static"))
+    parser.add_argument("--tables", type=Path, default=tuned.FOLDER, help="folder of the cards' tuned configurations")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--update", action="store_true", help="rewrite the committed tables")
     parser.add_argument("--show", action="store_true", help="print the readings")
@@ -325,7 +366,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with concurrent.futures.ProcessPoolExecutor(max(1, min(options.jobs, len(ops))), mp_context=context) as pool:
         for found in pool.map(functools.partial(_check, options.folder, archs, options.update), ops):
             problems += found
-    print("\n".join(problems) or f"{len(ops)} ops hold on {', '.join(archs)}")
+    tables = [] if options.ops else sorted(options.tables.glob("*.json"))
+    for path in tables:
+        problems += check_tuned(path)
+    print("\n".join(problems) or f"{len(ops)} ops and {len(tables)} tuned tables hold on {', '.join(archs)}")
     return 1 if problems else 0
 
 
