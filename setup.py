@@ -37,7 +37,10 @@ class BuildPy(build_py):
 
 setup(
     # Namespace: a sub-package whose __init__.py was forgotten must not vanish from the wheel only.
-    packages=find_namespace_packages(include=["pyvideo_kernels", "pyvideo_kernels.*"], exclude=["*.__pycache__"]),
+    packages=[
+        *find_namespace_packages(include=["pyvideo_kernels", "pyvideo_kernels.*"], exclude=["*.__pycache__"]),
+        f"{BENCHMARKS}.architectures",
+    ],
     package_dir={KERNELS: "kernels", BENCHMARKS: "benchmarks"},
     ext_modules=[Extension("pyvideo_kernels._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPy},

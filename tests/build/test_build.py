@@ -89,7 +89,7 @@ def wheel(tmp_path_factory):
     out, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
     # A copy: building in the checkout would leave build/ and egg-info behind, and read what older builds left.
     generated = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
-    for name in ("csrc", "kernels", "pyvideo_kernels"):
+    for name in ("benchmarks", "csrc", "kernels", "pyvideo_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=generated)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -112,6 +112,11 @@ def test_wheel_contents(wheel):
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pyvideo_kernels").rglob("*.py")}
     assert sources <= names
     assert "pyvideo_kernels/py.typed" in names
+    benchmarks = {p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").glob("*.py")}
+    architectures = {p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks" / "architectures").glob("*.json")}
+    assert len(architectures) >= 12 and {f"pyvideo_kernels/{name}" for name in benchmarks | architectures} <= names
+    # Results are measured in a checkout, and published from there.
+    assert not [n for n in names if n.startswith("pyvideo_kernels/benchmarks/results/")]
     # Only our own top-level package: never `kernels`, never the tests.
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pyvideo_kernels"}
     assert not [n for n in names if n.endswith((".cpp", ".cu", ".pyc", ".o"))]
