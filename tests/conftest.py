@@ -23,10 +23,20 @@ def _poison_uninitialised_memory(request):
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        for item in items:
+            if "ops" in item.path.parts and hasattr(item, "function") and _names_the_device(item.function.__code__):
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, none is present")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _names_the_device(code):
+    """Whether a test, or a function inside it, reads ``helpers.DEVICE``: with a card there, it runs on the card."""
+    inner = (const for const in code.co_consts if isinstance(const, type(code)))
+    return "DEVICE" in code.co_names or any(map(_names_the_device, inner))

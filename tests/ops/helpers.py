@@ -13,6 +13,8 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter's tl.dot multiplies the raw words of bf16: interpret fp16 and fp32, run bf16 on the card.
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float32, torch.float16)
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+# What runs on DEVICE is selected by `-m gpu` where that is a card, and runs without one where it is not.
+ON_DEVICE = (pytest.mark.gpu,) if GPU else ()
 
 
 def implementations(name):
@@ -23,7 +25,10 @@ def implementations(name):
         if impl == "reference":
             continue
         if impl == "triton":
-            rows += [pytest.param(impl, DEVICE, dtype, id=f"triton-{DEVICE}-{dtype}") for dtype in TRITON_DTYPES]
+            rows += [
+                pytest.param(impl, DEVICE, dtype, id=f"triton-{DEVICE}-{dtype}", marks=ON_DEVICE)
+                for dtype in TRITON_DTYPES
+            ]
         elif impl == "cuda":
             rows += [
                 pytest.param(impl, "cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu)
@@ -32,7 +37,7 @@ def implementations(name):
         elif impl == "cpu":
             rows += [pytest.param(impl, "cpu", dtype, id=f"cpu-{dtype}") for dtype in CPU_DTYPES]
         else:
-            rows += [pytest.param(impl, DEVICE, dtype, id=f"{impl}-{dtype}") for dtype in CPU_DTYPES]
+            rows += [pytest.param(impl, DEVICE, dtype, id=f"{impl}-{dtype}", marks=ON_DEVICE) for dtype in CPU_DTYPES]
     return rows
 
 
