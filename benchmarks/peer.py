@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from pyvideo_kernels.dispatch import arch_of
+from pyvideo_kernels.known_bad import numbers
 
 Inputs = dict[str, Any]
 
@@ -93,21 +95,19 @@ class Package:
     def note(self) -> str | None:
         """Says that the installed version is none that the adapter was written against."""
         version = self.find().version
-        if version is None or release(self.read[0]) <= release(version) <= release(self.read[1]):
+        if version is None or order(self.read[0]) <= order(version) <= order(self.read[1]):
             return None
         return f"the adapter was written for {self.distribution} {self.read[0]} to {self.read[1]}"
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version up to its first word: ``2.11.0+cu130`` -> (2, 11, 0)."""
-    numbers: list[int] = []
-    for part in version.partition("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if digits:
-            numbers.append(int(digits))
-        if digits != part:
-            break
-    return tuple(numbers)
+_WORDS = {"dev": -4, "a": -3, "alpha": -3, "b": -2, "beta": -2, "c": -1, "rc": -1}
+
+
+def order(version: str) -> tuple[Any, ...]:
+    """What versions are compared by: ``4.0.0b9`` < ``4.0.0b27`` < ``4.0.0`` = ``4.0.0+cu130``."""
+    public = version.partition("+")[0]
+    word = re.search(rf"\d[._-]?({'|'.join(sorted(_WORDS, key=len, reverse=True))})[._-]?(\d*)$", public)
+    return (numbers(public), *((_WORDS[word[1]], int(word[2] or 0)) if word else (0, 0)))
 
 
 def installed(distribution: str) -> str | None:

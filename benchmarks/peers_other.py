@@ -18,14 +18,14 @@ LIGER = Package(
     "liger-kernel", "liger_kernel", ("liger_kernel.transformers.functional",), "liger_rms_norm",
     "pip install liger-kernel", ("0.5.0", "0.8.2"),
 )  # fmt: skip
-QUACK = Package("quack", "quack-kernels", ("quack",), "rmsnorm", "pip install quack-kernels", ("0.3.0", "0.6.4"))
+QUACK = Package("quack", "quack-kernels", ("quack",), "rmsnorm", "pip install quack-kernels", ("0.2.10", "0.6.4"))
 FLASHINFER = Package(
     "flashinfer",
     "flashinfer-python",
     ("flashinfer.norm",),
     "rmsnorm",
     "pip install flashinfer-python",
-    ("0.2.0", "0.4.1"),
+    ("0.2.5", "0.6.18"),
 )
 PACKAGES = (LIGER, QUACK, FLASHINFER)
 
@@ -38,7 +38,8 @@ def _torch(name: str, call: Callable[[Inputs], Any], **rest: Any) -> Peer:
 
 
 def _liger(function: Callable[..., Any], inputs: Inputs) -> Tensor:
-    return function(inputs["x"], inputs["weight"], inputs.get("eps", 1e-6), 0.0, "llama", False)
+    # "gemma" is its mode that rounds once, as ours does, with the weight not shifted by an offset.
+    return function(inputs["x"], inputs["weight"], inputs.get("eps", 1e-6), 0.0, "gemma", False)
 
 
 def _quack(function: Callable[..., Any], inputs: Inputs) -> Tensor:
