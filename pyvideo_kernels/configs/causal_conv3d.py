@@ -98,7 +98,7 @@ def candidates(arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, al
             block_h=around(rule.block_h),
             block_w=around(rule.block_w),
             block_k=[k for k in around(rule.block_k) if k < 2 * c],
-            num_warps=[w for w in around(rule.num_warps) if w >= 4],
+            num_warps=[w for w in around(rule.num_warps) if w >= min(4, rule.num_warps)],
             num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 2),
             descriptors=(True, False) if aligned and has_tma(arch) else (False,),
         )

@@ -66,6 +66,6 @@ def candidates(arch: str, rule: Config, *, features: int, itemsize: int, folded:
         block_m=around(rule.block_m, steps=2),
         block_n=[n for n in around(rule.block_n) if n < 2 * max(features, 16)],
         block_k=around(rule.block_k),
-        num_warps=[n for n in around(rule.num_warps) if n >= 4],
+        num_warps=[n for n in around(rule.num_warps) if n >= min(4, rule.num_warps)],
         num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 3),
     )

@@ -72,7 +72,7 @@ def illegal(config: Config, arch: str, *, width: int, columns: int, itemsize: in
 
 @select.neighbourhood
 def candidates(arch: str, rule: Config, *, width: int, columns: int, itemsize: int) -> Iterator[Config]:
-    for block_k in (k for k in around(rule.block_k) if k < 2 * max(columns, 16)):
+    for block_k in (k for k in around(rule.block_k) if 16 <= k < 2 * max(columns, 16)):
         whole = _cdiv(columns, block_k)
         resident = columns <= 2 * MAX_RESIDENT // (itemsize // 2)
         yield from combinations(
@@ -81,6 +81,6 @@ def candidates(arch: str, rule: Config, *, width: int, columns: int, itemsize: i
             block_n=around(rule.block_n),
             k_chunks=(whole, 0) if resident else (0,),
             n_tiles=around(rule.n_tiles),
-            num_warps=[n for n in around(rule.num_warps) if n >= 4],
+            num_warps=[n for n in around(rule.num_warps) if n >= min(4, rule.num_warps)],
             num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 2),
         )

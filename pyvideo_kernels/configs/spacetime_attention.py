@@ -90,7 +90,7 @@ def candidates(
         rule,
         block_m=around(rule.block_m),
         block_n=around(rule.block_n),
-        num_warps=[n for n in around(rule.num_warps) if n >= 4],
+        num_warps=[n for n in around(rule.num_warps) if n >= min(4, rule.num_warps)],
         num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 2),
         # fp32 products take operands in registers, which a descriptor cannot fill.
         descriptors=(True, False) if aligned and has_tma(arch) and itemsize == 2 else (False,),
