@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +137,8 @@ def _find(package: Package) -> Found:
     problems = []
     for name in modules or package.modules:
         try:
-            module = importlib.import_module(name)
+            with contextlib.redirect_stdout(sys.stderr):  # some greet; stdout is for results
+                module = importlib.import_module(name)
         except Exception as error:  # a build for another torch or CUDA fails in many ways
             problems.append(f"{name} cannot be imported ({type(error).__name__}: {error})")
             continue

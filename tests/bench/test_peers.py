@@ -256,8 +256,10 @@ def test_nothing_is_installed_here_and_each_says_how_to_get_it(install):
         assert all(version is None and why.startswith("not installed: pip install") for _, version, why in rows)
 
 
-def test_a_package_that_does_not_load_says_why(tmp_path, monkeypatch, h100):
-    (tmp_path / "built_for_another_torch.py").write_text("raise OSError('undefined symbol: _ZN2at4_ops')\n")
+def test_a_package_that_does_not_load_says_why(tmp_path, monkeypatch, h100, capsys):
+    (tmp_path / "built_for_another_torch.py").write_text(
+        "print('welcome'); raise OSError('undefined symbol: _ZN2at4_ops')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(peer, "installed", {"xformers": "0.0.29"}.get)
     package = dataclasses.replace(peers_attention.XFORMERS, modules=("built_for_another_torch",))
@@ -265,6 +267,8 @@ def test_a_package_that_does_not_load_says_why(tmp_path, monkeypatch, h100):
     one = peers_for("spacetime_attention", CUDA, torch.bfloat16)["xformers"]
     assert one.version == "0.0.29" and one.call is None
     assert "cannot be imported (OSError: undefined symbol" in one.why_not
+    out, err = capsys.readouterr()
+    assert out == "" and "welcome" in err
 
 
 def test_a_package_without_the_function_says_so(install):
