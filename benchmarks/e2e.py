@@ -167,8 +167,8 @@ def load(request: Request, device: torch.device, dtype: torch.dtype) -> tuple[So
     guidance = arch.defaults.guidance if request.guidance is None else request.guidance
     latents = models.initial_latents(pipe, clip, seed=request.seed)
 
-    def inputs(only: int | None) -> dict[str, Any]:
-        options = models.call_options(clip, steps=only or steps, guidance=guidance, seed=request.seed)
+    def inputs() -> dict[str, Any]:
+        options = models.call_options(clip, steps=steps, guidance=guidance, seed=request.seed)
         # Schedulers and guidance may write into what they are given.
         return {**prompt, "latents": latents.clone(), **options}
 

@@ -28,13 +28,13 @@ class Source:
     """A model on its device, and the inputs that every variant gets.
 
     Args:
-        inputs: ``inputs(steps)`` -> keyword arguments of ``pipe.__call__`` for latents as a tuple, anew for each clip:
-            generators have a state. None: the steps that are timed.
+        inputs: ``inputs()`` -> keyword arguments of ``pipe.__call__`` for latents as a tuple, anew for each clip:
+            generators have a state.
         decode: ``decode(pipe, latents)`` -> ``[1, 3, frames, height, width]`` in [-1, 1]; None: latents are the end.
     """
 
     pipe: Any
-    inputs: Callable[[int | None], dict[str, Any]]
+    inputs: Callable[[], dict[str, Any]]
     decode: Callable[[Any, Tensor], Tensor] | None
     device: torch.device
     dtype: torch.dtype
@@ -128,7 +128,7 @@ class Session:
 
     def _clip(self, built: Built) -> Clip:
         torch.manual_seed(self.source.seed)
-        return run_clip(built.pipe, self.source.inputs(None), self.source.decode, self.clock)
+        return run_clip(built.pipe, self.source.inputs(), self.source.decode, self.clock)
 
     def warm(self, entry: Entry) -> None:
         """Build a variant, run its first clip, check its video and compare it with the base's."""
@@ -151,7 +151,8 @@ class Session:
         self._check(clip)
         entry.facts["quality"] = self._quality(entry, built, clip)
         clip.latents = clip.video = None
-        gc.collect()
+        if self.source.device.type == "cuda":
+            gc.collect()
         entry.own_memory = max((self.clock.allocated() or 0) - before, 0)
         entry.built = built
         self.on_event("warm", entry)
@@ -212,8 +213,13 @@ class Session:
         assert entry.built is not None
         pipe, decode = entry.built.pipe, self.source.decode
 
+        def stop(running: Any, *_: Any) -> dict[str, Any]:
+            running._interrupt = True  # diffusers' own way: the remaining steps do nothing
+            return {}
+
         def step() -> Tensor:
-            latents: Tensor = pipe(**self.source.inputs(1))[0]
+            # The first of as many steps as are timed: a schedule of one step is another, in LTX one of NaN.
+            latents: Tensor = pipe(**self.source.inputs(), callback_on_step_end=stop)[0]
             return latents
 
         try:

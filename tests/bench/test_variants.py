@@ -151,13 +151,11 @@ def test_an_attention_backend_binds_one_copy_and_not_the_process(pipe, inputs):
 
     active = _AttentionBackendRegistry._active_backend
     own = build(pipe, parse("eager:backend=_native_math")).pipe
-    bound = {
-        module.processor._attention_backend for module in own.transformer.modules() if hasattr(module, "processor")
-    }
-    stock = {
-        module.processor._attention_backend for module in pipe.transformer.modules() if hasattr(module, "processor")
-    }
-    assert bound == {AttentionBackendName._NATIVE_MATH} and stock == {None}
+
+    def backends(model):
+        return {module.processor._attention_backend for module in model.modules() if hasattr(module, "processor")}
+
+    assert backends(own.transformer) == {AttentionBackendName._NATIVE_MATH} and backends(pipe.transformer) == {None}
     assert _AttentionBackendRegistry._active_backend is active
     torch.testing.assert_close(own(**inputs())[0], pipe(**inputs())[0], rtol=1e-3, atol=1e-3)
 
