@@ -314,6 +314,11 @@ def _warn_failed(op: Op, impl: str, device: torch.device, error: Exception) -> N
     )  # fmt: skip
 
 
+def settle(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, verdict: bool) -> None:
+    """Take a verdict reached elsewhere for this process."""
+    _verdicts[op.name, impl, device, dtype, head_dim] = verdict
+
+
 def forget() -> None:
     """Drop what this process knows of verdicts and has warned of; the records on disk stay."""
     with _lock:

@@ -79,14 +79,14 @@ class Recorder:
 
 
 def describe(op: Op, args: Sequence[Any]) -> str:
-    """``x 2×5×96, scale 2×1×96, silu`` : the tensors' sizes and the options that are on."""
+    """``x 2×5×96, scale 2×1×96, silu``: the tensors' sizes and the options that are on."""
     parts = []
     for name, arg in zip(op.arguments[:-1], args, strict=True):
         if isinstance(arg, Tensor):
             parts.append(f"{name} {'×'.join(map(str, arg.shape)) or '1'}")
         elif isinstance(arg, (list, tuple)) and any(isinstance(item, Tensor) for item in arg):
             parts.append(f"{name} {len(arg)}")
-        elif isinstance(arg, (list, tuple)) and not any(isinstance(item, float) for item in arg):
+        elif isinstance(arg, (list, tuple)) and arg and not any(isinstance(item, float) for item in arg):
             parts.append(f"{name} {'×'.join(map(str, arg))}")
         elif arg is True:
             parts.append(name)

@@ -203,7 +203,9 @@ def committed(op: Op, impl: str, arch: str, dtype: torch.dtype, head_dim: int | 
     entry = _committed(VERIFIED).get(arch, {}).get(name_of(op, impl, dtype, head_dim))
     if not isinstance(entry, dict) or any(not entry.get(fact) for fact in _PROVENANCE if fact != "arch"):
         return None
-    if entry.get("digest") != digest(op, impl) or entry["triton"] != triton_version():
+    # Builds of one release differ after the plus: the compiler is the same.
+    compiler = str(entry["triton"]).partition("+")[0]
+    if entry.get("digest") != digest(op, impl) or compiler != triton_version().partition("+")[0]:
         return None
     return entry
 

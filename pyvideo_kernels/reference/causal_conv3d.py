@@ -65,6 +65,21 @@ def causal_conv3d(
     return y.to(x.dtype).contiguous()
 
 
+def summed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor | None,
+    stride: Sequence[int],
+    pad_mode: str,
+    residual: Tensor | None,
+) -> tuple[int, Tensor]:
+    """Products in the sum behind an output element, and the sum of their magnitudes."""
+    absolute = [None if t is None else t.abs() for t in (x, weight, bias, cache, residual)]
+    x, weight, bias, cache, residual = absolute  # type: ignore[assignment]
+    return weight[0].numel(), causal_conv3d(x, weight, bias, cache, stride, pad_mode, residual)
+
+
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Every kernel size, caches of 0 to kt - 1 frames, ragged sizes, 3 and 12 channels, views, strides, residual."""
     g = generator()

@@ -78,6 +78,23 @@ def final_layer_backward(
     return out
 
 
+def summed(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    eps: float,
+) -> tuple[int, Tensor]:
+    """Products in the sum behind an output element, and the sum of their magnitudes."""
+    y = layer_norm_modulate(x, scale, shift, None, None, eps).abs() @ weight.abs().T
+    if bias is not None:
+        y = y + bias.abs()
+    return weight.shape[1], unpatchify(y, grid, patch)
+
+
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Wan's head with per-batch and per-token modulation, temporal patches, widths that fill no tile, large means."""
     g = generator()

@@ -61,6 +61,12 @@ def patch_embed3d_backward(
     return out
 
 
+def summed(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int]) -> tuple[int, Tensor]:
+    """Products in the sum behind an output element, and the sum of their magnitudes."""
+    magnitude = patch_embed3d(video.abs(), weight.abs(), None if bias is None else bias.abs(), patch)
+    return weight[0].numel(), magnitude
+
+
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Wan's patch, a temporal patch, patch 1, widths that fill no tile, channels last, sliced and permuted video."""
     g = generator()

@@ -267,6 +267,42 @@ def doctor(
     raise typer.Exit(report(as_json))
 
 
+_VERIFY_EXITS = (
+    "Exit codes: 0 everything holds, 1 a check failed (the op is named), 2 usage, 3 model problem, 4 out of memory."
+)
+
+
+@app.command(epilog=_VERIFY_EXITS)
+def verify(
+    model: Annotated[str, typer.Option(help="tiny, a diffusers directory, or a hub id (see pyvideo models).")] = "tiny",
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
+    attention: Annotated[str | None, typer.Option(help="dense checks ours; default: the model's own runs.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result file here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tables alone, no progress.")] = False,
+) -> None:
+    """Check every op the model will use, on this machine, and one short clip eager against accelerated.
+
+    What passes is what `auto` trusts from then on.
+    """
+    finish(lambda: _verify(model, device, dtype, attention, json, Reporter() if quiet else reporter_for()))
+
+
+def _verify(model: str, device: str, dtype: str, attention: str | None, json: Path | None, reporter: Reporter) -> None:
+    settings = Settings(prompt="verify", model=model, device=device, dtype=dtype, attention=attention).check()
+    if json is not None:
+        from .stats import check_stats
+
+        check_stats(json)
+    from .models import resolve
+
+    resolve(model, reporter.note)  # what is wrong with the name is said before torch is imported
+    from .verify import command
+
+    if not command(settings, json, reporter):
+        raise typer.Exit(Exit.FAILED)
+
+
 def _terminated(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
