@@ -77,6 +77,12 @@ class Architecture:
     """Parameters per component."""
 
     @property
+    def min_steps(self) -> int:
+        """The fewest denoising steps its scheduler can take."""
+        # Stretching the sigmas so that the last is `shift_terminal` divides by zero when the last is the first.
+        return 2 if self.scheduler.config.get("shift_terminal") else 1
+
+    @property
     def family(self) -> Family:
         from .families import FAMILIES
 

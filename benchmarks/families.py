@@ -72,7 +72,7 @@ class Family(ABC):
 
     @abstractmethod
     def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
-        """From the transformer's scale to the decoder's."""
+        """From the transformer's scale to the decoder's, in the pipeline's order of operations: the same bits."""
 
     def from_noise(self, pipe: Any, noise: Tensor) -> Tensor:
         """``[B, C, T, H, W]`` to the layout and dtype that ``pipe.__call__`` takes as ``latents``."""
@@ -119,7 +119,7 @@ class Wan(Family):
             torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        return latents * std + mean
+        return latents / (1.0 / std) + mean
 
 
 class HunyuanVideo(Family):
@@ -248,7 +248,7 @@ class CogVideoX(Family):
         return latents[:, surplus:].transpose(1, 2)
 
     def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return latents / vae.config.scaling_factor
+        return 1 / vae.config.scaling_factor * latents
 
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Wan(), HunyuanVideo(), LTX(), CogVideoX())}

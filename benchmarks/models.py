@@ -144,7 +144,9 @@ def find(name: str, note: Callable[[str], None] = lambda text: None) -> tuple[Ar
         text=Text(tokens, width, pooled),
         defaults=defaults,
         parameters={key: model.parameters[key] for key in ("transformer", "vae")},
-        **parts,
+        transformer=parts["transformer"],
+        vae=parts["vae"],
+        scheduler=parts["scheduler"],
     )
     return arch, model
 
@@ -230,13 +232,20 @@ def initial_latents(pipe: Any, clip: Clip, *, batch: int = 1, seed: int = 0) -> 
 def call_options(
     clip: Clip, *, steps: int | None = None, guidance: float | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """The other keyword arguments of ``pipe.__call__``; it returns ``(latents,)``."""
+    """The other keyword arguments of ``pipe.__call__``; it returns ``(latents,)``.
+
+    Raises:
+        UsageError: fewer steps than the model's scheduler can take.
+    """
     defaults = clip.arch.defaults
+    steps = defaults.steps if steps is None else steps
+    if steps < clip.arch.min_steps:
+        raise UsageError(f"--steps must be at least {clip.arch.min_steps} for {clip.arch.name}; got {steps}")
     return {
         "height": clip.height,
         "width": clip.width,
         "num_frames": clip.frames,
-        "num_inference_steps": defaults.steps if steps is None else steps,
+        "num_inference_steps": steps,
         "guidance_scale": defaults.guidance if guidance is None else guidance,
         # Only stochastic schedulers draw from it.
         "generator": torch.Generator().manual_seed(seed),
