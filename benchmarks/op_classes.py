@@ -44,7 +44,8 @@ PYVIDEO_KINDS = {
 }
 
 _ATTENTION_OP = re.compile(
-    r"aten::(_?scaled_dot_product_\w+|_fused_sdp_choice|_(flash|efficient|cudnn)_attention_\w+|_native_multi_head\w*)$"
+    r"aten::(_?scaled_dot_product_\w+|_fused_sdp_choice|_(flash|efficient|cudnn)_attention_\w+|_native_multi_head\w*|"
+    r"_?(safe_)?softmax)$"
     r"|(?!aten::|pyvideo::)\w*::\w*(attn|attention|fmha|flash_fwd|flash_varlen|na[123]d)\w*"
     r"|flex_attention|(flash_attn|_flash_attn|natten|sageattn|sageattention)\w*::"
 )
@@ -91,7 +92,7 @@ _KERNEL_KINDS = (
         r"implicit_?gemm|implicit_?convolve|convolve|xmma_(fprop|dgrad|wgrad)|_fprop|conv_?(depthwise)?[123]d|"
         r"convolution|vol2col|im2col|winograd|nchwToNhwc|nhwcToNchw|ncdhw|ndhwc|cudnn::cnn", re.I)),
     ("gemm", re.compile(
-        r"gemm|nvjet|gemv|xmma|cublas|cutlass|s16816|s1688|matmul|splitK(reduce)?_|_scaled_mm|dot_kernel", re.I)),
+        r"gemm|nvjet|gemv|xmma|cublas|cutlass|s16816|s1688|Cijk_|matmul|splitK(reduce)?_|_scaled_mm|dot_kernel", re.I)),
     ("pointwise", re.compile(
         r"elementwise|reduce_kernel|layer_?norm|rms_?norm|RowwiseMoments|group_?norm|CatArray|upsample|index|gather|"
         r"copy|gelu|silu|pad|modulat|rope|rotary|residual|Memcpy DtoD|Memset|at::native|at_cuda_detail|"
@@ -124,12 +125,12 @@ def op_kind(name: str) -> str | None:
 
 
 def _compiled_kind(name: str) -> str | None:
-    """Kinds of torch.compile's events: its kernels, and the CPU graph whose own time is its fused C++ kernels."""
+    """Kinds of torch.compile's own kernels."""
     if _INDUCTOR_TEMPLATE.search(name):
         if "flex_attention" in name or "flex_decoding" in name:
             return "attention"
         return "conv" if "convolution" in name else "gemm"
-    if _INDUCTOR_FUSED.search(name) or name.startswith("## Call CompiledFxGraph"):
+    if _INDUCTOR_FUSED.search(name):
         # Its name lists every op that was fused: "triton_poi_fused_mm_..." is what surrounds the product, not it.
         return "pointwise"
     return None
@@ -159,8 +160,14 @@ def kernel_kind(name: str) -> str | None:
 
 
 def is_op(name: str) -> bool:
-    """Whether a CPU event is work, rather than an annotation around Python code."""
+    """Whether a CPU event is an op, rather than an annotation around Python code."""
     return "::" in name or _compiled_kind(name) is not None
+
+
+def is_cpu_work(name: str) -> bool:
+    """Whether a CPU event's own time is work on a CPU: ops, and compiled graphs, whose fused C++ kernels have no event
+    of their own (the Python between them is counted with them)."""
+    return is_op(name) or name.startswith("## Call CompiledFxGraph")
 
 
 def owner(chain: Sequence[str]) -> int | None:
@@ -185,7 +192,8 @@ def chain_kind(chain: Sequence[str]) -> str:
     found = owner(chain)
     if found is not None:
         return op_kind(chain[found]) or "pointwise"
-    return "bookkeeping" if chain and all(op_kind(name) == "bookkeeping" for name in chain) else "pointwise"
+    ops = [name for name in chain if is_op(name)]
+    return "bookkeeping" if ops and all(op_kind(name) == "bookkeeping" for name in ops) else "pointwise"
 
 
 def is_cross(op: str, shapes: Sequence[Sequence[int]]) -> bool:
@@ -196,10 +204,12 @@ def is_cross(op: str, shapes: Sequence[Sequence[int]]) -> bool:
     tensors = [shape for shape in shapes if len(shape) >= 3]
     if len(tensors) < 2:
         return False
-    # [B, heads, S, head_dim] for torch's public op and inductor's template; [B, S, heads, head_dim] or, packed,
+    query, key = tensors[:2]
+    # [B, heads, S, head_dim] for torch's public op, cuDNN and inductor's template; [B, S, heads, head_dim] or, packed,
     # [S, heads, head_dim] for everything else.
-    axis = -2 if "scaled_dot_product" in op or "flex_attention" in op else -3
-    return tensors[0][axis] != tensors[1][axis]
+    heads_first = any(part in op for part in ("scaled_dot_product", "flex_attention", "cudnn_attention"))
+    axis = -2 if heads_first else 1 if len(query) > 3 else 0
+    return query[axis] != key[axis]
 
 
 def class_of(kind: str | None, phase: str, cross: bool = False) -> str:

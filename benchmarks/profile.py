@@ -10,6 +10,7 @@ is that spent in each op without its children, the wall is the profiled call's, 
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import defaultdict
@@ -21,7 +22,7 @@ import torch
 
 from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 
-from .op_classes import GAPS, PHASES, chain_kind, class_of, is_cross, is_op, kernel_kind, op_kind, owner
+from .op_classes import GAPS, PHASES, chain_kind, class_of, is_cpu_work, is_cross, is_op, kernel_kind, op_kind, owner
 
 
 @dataclass(eq=False)
@@ -42,11 +43,7 @@ class CpuEvent:
 
     def chain(self) -> list[CpuEvent]:
         """The event and its parents, innermost first."""
-        chain, event = [], self
-        while event is not None:
-            chain.append(event)
-            event = event.parent  # type: ignore[assignment]
-        return chain
+        return [self] if self.parent is None else [self, *self.parent.chain()]
 
     def own(self) -> list[tuple[float, float]]:
         """When this event ran and none of its children did."""
@@ -168,7 +165,7 @@ _BACKEND = re.compile(r"aten::_scaled_dot_product_|aten::_(flash|efficient|cudnn
 def _cpu_work(trace: Trace, phase: str) -> list[_Work]:
     work = []
     for event in trace.cpu:
-        if not is_op(event.name):
+        if not is_cpu_work(event.name):
             continue
         chain = event.chain()
         label, side, decider = _placed(chain, None, phase)
@@ -234,6 +231,11 @@ def account(trace: Trace, phase: str, top: int = 20) -> dict[str, Any]:
 
 # On the device's timeline but not work on it: annotations repeated there, and waits.
 _NOT_WORK = re.compile(r"(Context|Stream|Event) (Sync|Wait)|^##|^ProfilerStep|^Torch-Compiled Region")
+# On the CPU's but not the program's: the profiler's own records, and calls of the CUDA runtime, whose numbers are
+# another series than the ops' and may repeat them.
+_NOT_OURS = re.compile(
+    r"profiler::|\[memory\]|\[OutOfMemory\]|(cuda|hip)[A-Z]\w*$|cu[A-Z]\w*$|Activity Buffer|Lazy Function"
+)
 
 
 def trace_of(events: Iterable[Any], wall: float, device: torch.device) -> Trace:
@@ -248,9 +250,8 @@ def trace_of(events: Iterable[Any], wall: float, device: torch.device) -> Trace:
         origin = event.start_ns() if origin is None else origin
         start, duration = (event.start_ns() - origin) * 1e-9, event.duration_ns() * 1e-9
         if event.device_type() == torch.autograd.DeviceType.CPU:
-            # A linked event is the runtime's call (cudaLaunchKernel) for an op; memory records have no duration.
-            foreign = event.linked_correlation_id() > 0 or event.is_async()
-            if foreign or name.startswith(("profiler::", "[memory]", "[OutOfMemory]")):
+            # A linked event is the runtime's call (cudaLaunchKernel) for an op.
+            if event.linked_correlation_id() > 0 or event.is_async() or _NOT_OURS.match(name):
                 continue
             row = CpuEvent(name, start, duration, event.shapes(), event.start_thread_id())
             ranges.append(row)
@@ -259,12 +260,12 @@ def trace_of(events: Iterable[Any], wall: float, device: torch.device) -> Trace:
             kernel = DeviceEvent(name, start, duration, stream=event.device_resource_id())
             launched.append((event.linked_correlation_id(), kernel))
     for correlation, kernel in launched:
-        kernel.launcher = cpu.get(correlation)
+        kernel.launcher = cpu.get(correlation) if correlation else None
     return Trace(wall, nest(ranges), None if device.type == "cpu" else [kernel for _, kernel in launched])
 
 
 def record(call: Callable[[], Any], device: torch.device) -> Trace:
-    """Run ``call`` twice, on a GPU once without the profiler, and return the trace of the last."""
+    """The trace of a call; on a GPU a call without the profiler, for the wall, goes before."""
     from torch.profiler import ProfilerActivity, profile
 
     def timed() -> float:
@@ -274,6 +275,8 @@ def record(call: Callable[[], Any], device: torch.device) -> Trace:
         _synchronize(device)
         return time.perf_counter() - start
 
+    # Read by the profiler's library when it is first used; without it, lines of its own go to stderr among ours.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -281,11 +284,11 @@ def record(call: Callable[[], Any], device: torch.device) -> Trace:
         with profile(activities=activities):
             torch.zeros(1, device=device).add_(1)
             _synchronize(device)
-    wall = timed()
+    wall = timed() if device.type == "cuda" else None
     with profile(activities=activities, record_shapes=True) as profiler:
         profiled = timed()
     results: Any = profiler.profiler
-    trace = trace_of(results.kineto_results.events(), wall if device.type == "cuda" else profiled, device)
+    trace = trace_of(results.kineto_results.events(), profiled if wall is None else wall, device)
     if trace.device is not None and not trace.device:
         raise UnsupportedError(
             "breakdown: the profiler saw no kernel on the GPU; another profiler may hold it, or the driver may not "
@@ -298,7 +301,7 @@ def breakdown(call: Callable[[], Any], *, phase: str, device: torch.device | str
     """Seconds of one warm call by class of op.
 
     Args:
-        call: does the work, twice (thrice on nothing): its state must allow that. Warm: compiled and tuned before.
+        call: does the work; called once on a CPU, twice on a GPU. Compiled, tuned and warm before.
         phase: ``"denoise"`` (transformer, guidance, scheduler) or ``"decode"`` (autoencoder).
         device: where it runs, ``cuda`` or ``cpu``.
         top: how many kernels to list.
