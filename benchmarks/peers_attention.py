@@ -71,10 +71,9 @@ def _external(
     note: str | None = None,
 ) -> Peer:
     found = package.find()
-    if found.function is None:
-        return skipped(package.name, found.version, found.why_not or "")
-    if why_not:
-        return skipped(package.name, found.version, why_not)
+    # The card first: where it does not do, installing the package would not help.
+    if why_not or found.function is None:
+        return skipped(package.name, found.version, why_not or found.why_not or "")
     notes = "; ".join(text for text in (note, package.note()) if text)
     return Peer(
         package.name,

@@ -72,8 +72,8 @@ def _rms_norm(device: torch.device, dtype: torch.dtype) -> list[Peer]:
     peers = []
     for package, why_not, call, refuses in rows:
         found = package.find()
-        if found.function is None or why_not:
-            peers.append(skipped(package.name, found.version, found.why_not or why_not or ""))
+        if why_not or found.function is None:
+            peers.append(skipped(package.name, found.version, why_not or found.why_not or ""))
         else:
             run = functools.partial(call, found.function)
             peers.append(Peer(package.name, found.version, None, run, refuses=refuses, note=package.note()))

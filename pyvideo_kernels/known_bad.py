@@ -10,9 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-WRONG, BROKEN, SLOW, UNTESTED = "wrong results", "does not run", "slow", "untested pair"
-EFFECTS = (WRONG, BROKEN, SLOW, UNTESTED)
-"""Worst first."""
+WRONG, BROKEN, GRADIENTS, SLOW, UNTESTED = (
+    "wrong results", "does not run", "wrong gradients", "slow", "untested pair",
+)  # fmt: skip
+EFFECTS = (WRONG, BROKEN, GRADIENTS, SLOW, UNTESTED)
+"""Worst first, for somebody who samples."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ PROBLEMS: tuple[Problem, ...] = (
     ),
     Problem(
         "sdpa-cudnn-backward-nan",
-        WRONG,
-        "Training only: the backward of cuDNN's scaled_dot_product_attention gives NaN in the gradient of q when a "
+        GRADIENTS,
+        "The backward of cuDNN's scaled_dot_product_attention gives NaN in the gradient of q when a "
         "mask is passed, the length is 64 modulo 128 and a row's log-sum-exp is below -88.",
         "torch.backends.cuda.enable_cudnn_sdp(False) while training; inference is not affected",
         (f"{_PYTORCH}196678",),

@@ -129,6 +129,9 @@ def test_what_runs_on_a_cpu():
     ):  # fmt: skip
         assert peers_for(op, CPU, torch.float32)[name].why_not is None
     assert peers_for("gate_residual", CPU, torch.float32) == {}
+    # Installing it would not help.
+    assert peers_for("spacetime_attention", CPU, torch.float32)["natten"].why_not == "needs a CUDA GPU"
+    assert peers_for("rms_norm", CPU, torch.float32)["quack"].why_not == "needs a CUDA GPU"
 
 
 @pytest.mark.slow
