@@ -94,7 +94,7 @@ class Campaign:
                 tried = self.runs[each.name] and status in ("left", "failed")
                 if status in ranked and not tried and self.state.attempts(each.name) < ATTEMPTS:
                     ranked[status].append(each)
-        fits = (s for status in ranked for s in ranked[status] if self.state.estimate(s) <= self.left - RESERVE)
+        fits = (s for status in ranked for s in ranked[status] if self.state.least(s) <= self.left - RESERVE)
         return next(fits, None)
 
     def _run(self, each: Slice) -> None:
@@ -107,6 +107,7 @@ class Campaign:
             "out": str(self.state.out.resolve() / f"{each.name}.json"),
             "dry": self.state.dry,
             "parameters": dict(each.parameters),
+            "seconds": limit,
         }
         answer = self._process_for(each).run(request, limit)
         status = answer.status

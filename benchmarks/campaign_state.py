@@ -88,13 +88,16 @@ class State:
         return int(self.slices.get(name, {}).get("attempts", 0))
 
     def estimate(self, each: Slice) -> float:
-        """Seconds it will take: what it took here, else the plan's guess; more than what was not enough before."""
+        """Seconds it will take: what it took here, else the plan's guess."""
         entry = self.slices.get(each.name, {})
-        if entry.get("status") == "done":
-            return float(entry["seconds"])
-        if entry.get("status") == "left":
-            return max(each.seconds, 1.5 * entry["seconds"])
-        return each.seconds
+        return float(entry["seconds"]) if entry.get("status") == "done" else each.seconds
+
+    def least(self, each: Slice) -> float:
+        """Seconds without which it is not started; more than what was not enough before, if it starts anew."""
+        if each.least is not None:
+            return each.least
+        entry = self.slices.get(each.name, {})
+        return max(self.estimate(each), 1.5 * entry["seconds"] if entry.get("status") == "left" else 0.0)
 
     def table(self, plan: Iterable[Slice], *, keep: bool) -> tuple[list[str], dict[str, int]]:
         """One line a slice, and how many there are of each status."""

@@ -1,10 +1,19 @@
-"""A test file of an op, run by pytest in this process, as rows: what was tested, and how it ended."""
+"""What of an op is right on this card: its canaries, and its test file run by pytest in this process, as rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pyvideo_kernels import verdicts
+from pyvideo_kernels.schemas import OPS
+
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "ops"
+# Test files beyond an op's own.
+_MORE = {"unipc_step": ("test_schedule.py",)}
 # After one of these nothing that this process runs on the card means anything.
 _FATAL = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert",
           "CUDA error: an illegal instruction", "uncorrectable")  # fmt: skip
@@ -69,8 +78,47 @@ def message(report: Any) -> str:
     return " ".join(str(crash.message if crash else report.longrepr).split())[:300]
 
 
-def test_rows(path: Path, op: str, *, on_card: bool) -> list[dict[str, Any]]:
-    """Run one test file.
+def canary_rows(op: str, device: torch.device) -> list[dict[str, Any]]:
+    """`verify.canaries` of an op, its twin and their backwards; off a card, of what runs there in a moment."""
+    from pyvideo_kernels import dispatch, verify
+
+    names = [name for name in OPS if name.removesuffix("_backward").rstrip("_") == op]
+    if device.type == "cuda":
+        return [row.as_dict() for row in verify.canaries(device, ops=names)]
+    heads = dispatch.HEAD_DIMS[:1]
+    return [
+        verify.canary(
+            OPS[name], impl, device, torch.float32, heads[0] if OPS[name].heads is not None else None
+        ).as_dict()
+        for name in names
+        for impl in OPS[name].impls
+        if impl not in ("reference", "triton", "cuda")
+    ]
+
+
+def shown(canary: dict[str, Any]) -> dict[str, Any]:
+    """A canary in the form of a test's row."""
+    outcome = {True: "passed", False: "failed", None: "skipped"}[canary["ok"]]
+    row = {name: canary[name] for name in ("op", "impl", "dtype", "head_dim") if canary[name] is not None}
+    return row | {"test": "canary", "outcome": outcome} | ({"message": canary["error"]} if canary["error"] else {})
+
+
+def judged(canaries: Sequence[dict[str, Any]], tests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The canaries for `verdicts.commit`: one is right only if no test of its implementation and dtype is red.
+
+    A red test that does not say what it tested speaks against all of them.
+    """
+    red = [(row.get("impl"), row.get("dtype")) for row in tests if row["outcome"] in ("failed", "not run")]
+
+    def against(row: dict[str, Any]) -> bool:
+        return any(impl in (None, row["impl"]) and dtype in (None, row["dtype"]) for impl, dtype in red)
+
+    checked = (row for row in canaries if row["ok"] is not None and verdicts.needs_check(row["impl"]))
+    return [{**row, "ok": row["ok"] and not against(row)} for row in checked]
+
+
+def test_rows(op: str, *, on_card: bool) -> list[dict[str, Any]]:
+    """Run an op's test files.
 
     Args:
         on_card: the tests marked ``gpu``; else one that runs anywhere.
@@ -78,13 +126,13 @@ def test_rows(path: Path, op: str, *, on_card: bool) -> list[dict[str, Any]]:
         Rows ``{"op", "test", "impl", "dtype", "outcome": "passed"|"failed"|"skipped"|"not run", "seconds",
         "message"}``.
     Raises:
-        RuntimeError: the file could not be collected.
+        RuntimeError: the files could not be collected.
     """
     import pytest
 
     plugin = Rows(op, on_card)
-    arguments = [str(path), "-q", "-p", "no:cacheprovider", *(["-m", "gpu"] if on_card else [])]
-    code = pytest.main(arguments, plugins=[plugin])
+    files = [str(TESTS / name) for name in (f"test_{op}.py", *_MORE.get(op, ()))]
+    code = pytest.main([*files, "-q", "-p", "no:cacheprovider", *(["-m", "gpu"] if on_card else [])], plugins=[plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise RuntimeError(f"pytest {path.name}: {pytest.ExitCode(code).name.lower()}")
+        raise RuntimeError(f"pytest {', '.join(files)}: {pytest.ExitCode(code).name.lower()}")
     return list(plugin.rows.values())

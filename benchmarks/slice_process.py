@@ -32,7 +32,8 @@ class Answer:
     """How a slice ended.
 
     Args:
-        status: ``"done"``, ``"failed"``, or ``"stopped"`` when its time was up.
+        status: ``"done"``; ``"left"``: it stopped by itself and goes on another time; ``"failed"``; ``"stopped"``: its
+            time was up.
         summary: one line: what was found, or why it failed.
         red: how many of its rows are wrong.
         tail: the end of its output, for one that failed.
@@ -73,7 +74,7 @@ class Process:
         self.usable = True
 
     def run(self, request: Mapping[str, Any], seconds: float) -> Answer:
-        """One slice; returns when it is over or ``seconds`` are. After anything but "done" the worker is gone."""
+        """One slice; returns when it is over or ``seconds`` are. After a failure the worker is gone."""
         start = os.fstat(self.log.fileno()).st_size
         line: bytes | None = b""
         try:
@@ -94,7 +95,7 @@ class Process:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return Answer("failed", f"the process died ({how})", tail=self._tail(start))
         answer = json.loads(line)
-        if answer["status"] != "done":
+        if answer["status"] == "failed":
             answer["tail"] = self._tail(start)
             self.close()
         return Answer(**answer)
@@ -153,12 +154,15 @@ def _serve(send: int, device: str) -> None:
         request = json.loads(line)
         module, _, function = request["run"].partition(":")
         try:
-            job = Job(Path(request["out"]), torch.device(device), request["dry"], request["parameters"])
+            job = Job(
+                Path(request["out"]), torch.device(device), request["dry"], request["parameters"], request["seconds"]
+            )
             outcome = getattr(importlib.import_module(module), function)(job)
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize()  # an error of a kernel that was only launched is this slice's own
                 torch.cuda.empty_cache()
-            answer = {"status": "done", "summary": outcome.summary, "red": outcome.red}
+            status = "left" if outcome.unfinished else "done"
+            answer = {"status": status, "summary": outcome.summary, "red": outcome.red}
         except BaseException as error:
             traceback.print_exc()
             text = " ".join(str(error).split())

@@ -5,7 +5,10 @@ Every module that measures is imported inside: a slice needs no more than what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ import torch
 from . import results
 from .campaign_state import DRY
 
-ROOT = Path(__file__).resolve().parents[1]
+# What a key in hand takes to stop, and the process to start, of the seconds that a tuning slice has.
+_TUNE_MARGIN = 15.0
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Job:
         device: where.
         dry: tiny shapes, and the result says so.
         parameters: what the plan says.
+        seconds: after so many it is stopped.
     """
 
     out: Path
     device: torch.device
     dry: bool
     parameters: Mapping[str, Any]
+    seconds: float
 
     def result(self, kind: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> dict[str, Any]:
         """A result of this machine."""
@@ -47,10 +53,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One line on what was found, and how many rows of it are wrong."""
+    """One line on what was found, how many rows of it are wrong, and whether another turn has more to find."""
 
     summary: str
     red: int = 0
+    unfinished: bool = False
 
 
 def environment(job: Job) -> Outcome:
@@ -68,18 +75,28 @@ def environment(job: Job) -> Outcome:
 
 
 def correctness(job: Job) -> Outcome:
-    """The op's tests on this card, a row a test."""
-    from .correctness import test_rows
+    """The op's canaries and its tests on this card, a row each; what is all green enters the record that ships."""
+    from pyvideo_kernels import verdicts
 
-    op = job.parameters["op"]
-    rows = test_rows(ROOT / "tests" / "ops" / f"test_{op}.py", op, on_card=job.device.type == "cuda")
-    job.write(job.result("correctness", rows))
-    counts = {what: sum(row["outcome"] == what for row in rows) for what in ("passed", "failed", "skipped", "not run")}
+    from .correctness import canary_rows, judged, shown, test_rows
+
+    op, on_card = job.parameters["op"], job.device.type == "cuda"
+    canaries = canary_rows(op, job.device)
+    rows = test_rows(op, on_card=on_card)
+    result = job.result("correctness", [*map(shown, canaries), *rows])
+    job.write(result)
+    if on_card:
+        verdicts.commit(verdicts.VERIFIED, judged(canaries, rows), result["provenance"])
+    return _outcomes(result["rows"])
+
+
+def _outcomes(rows: list[dict[str, Any]]) -> Outcome:
+    counts = collections.Counter(row["outcome"] for row in rows)
     red = [row for row in rows if row["outcome"] in ("failed", "not run")]
-    text = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    text = ", ".join(f"{n} {what}" for what, n in counts.items()) or "no test"
     if red:
-        text += f"; first: {red[0]['test']}: {red[0]['message']}"[:160]
-    return Outcome(text or "no test", len(red))
+        text += f"; first: {red[0]['test']}: {red[0].get('message', '')}"[:160]
+    return Outcome(text, len(red))
 
 
 def ops(job: Job) -> Outcome:
@@ -109,8 +126,25 @@ def _speeds(rows: list[dict[str, Any]]) -> Outcome:
 
 
 def tune(job: Job) -> Outcome:
-    """Launch configurations of every registered shape of the op."""
-    raise NotImplementedError
+    """Launch configurations of every registered shape of the op, into the card's table."""
+    from .tune import tune as search
+
+    names = job.parameters["ops"]
+    if job.dry:
+        with tiny_shapes(names):
+            table = job.out.with_name("tables") / "dry.json"
+            found = search(names, job.device, out=table, dry=True, rounds=3, workers=0)
+    else:
+        found = search(names, job.device, budget_s=max(1.0, job.seconds - _TUNE_MARGIN))
+    # Not the table's path: it is of this checkout.
+    job.write(job.result("tuning", found={key: value for key, value in found.items() if key != "path"}))
+    best = max(found["improved"].values(), default=1.0)
+    text = f"{len(found['finished']) + len(found['skipped'])} keys, {len(found['improved'])} faster, best {best:.2f} x"
+    if found["left"]:
+        text += f", {len(found['left'])} left"
+    return Outcome(
+        text + (f"; {found['wrong'][0]}"[:120] if found["wrong"] else ""), len(found["wrong"]), bool(found["left"])
+    )
 
 
 def e2e(job: Job) -> Outcome:
@@ -128,6 +162,23 @@ def e2e(job: Job) -> Outcome:
     return Outcome(text, len(wrong))
 
 
-def record(job: Job) -> Outcome:
-    """The record of kernels that were right on this card, which ships with the package."""
-    raise NotImplementedError
+# Dry runs ----------------------------------------------------------------------------------------------------------
+
+_TINY = {
+    "tokens": 6, "width": 32, "heads": 2, "grid": (2, 3, 4), "channels": 8, "head_dim": 16, "shape": (1, 4, 2, 4, 4),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def tiny_shapes(names: Iterable[str]) -> Iterator[None]:
+    """Within: the registry's CPU shapes of these ops are one of a few elements."""
+    from .registry import ENTRIES
+
+    before = {name: ENTRIES[name] for name in names}
+    for name, entry in before.items():
+        sizes = next(iter(entry.cpu.values()))
+        ENTRIES[name] = dataclasses.replace(entry, cpu={"tiny": {key: _TINY.get(key, v) for key, v in sizes.items()}})
+    try:
+        yield
+    finally:
+        ENTRIES.update(before)

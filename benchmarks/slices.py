@@ -8,11 +8,12 @@ the documentation) makes nothing stale.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _FIRST = (
     "layer_norm_modulate",
 )
 _HARNESS = ("registry.py", "timing.py", "backends.py", "ops.py", "peers.py", "peers_attention.py", "peers_other.py")
+_TUNER = ("registry.py", "timing.py", "backends.py", "tune.py", "tune_search.py", "launches.py")
 _CLIPS = ("e2e.py", "models.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py")
 
 
@@ -47,7 +49,8 @@ class Slice:
         name: stem of its result file.
         group: slices of one group may share a process as long as each of them ends well; see ``alone``.
         run: ``"module:function"``; called in the worker with a ``slice_runs.Job``.
-        seconds: what it takes on an H100, about: it is not started with less than this left.
+        seconds: what it takes on an H100, about.
+        least: it is not started with less than this left: ``seconds``, but for one that goes on where it stopped.
         parameters: what is measured.
         files: sources that the result depends on, beside those of ``ops``.
         ops: ops whose sources it depends on.
@@ -66,6 +69,7 @@ class Slice:
     needs: tuple[str, ...] = ()
     tuned: bool = True
     alone: bool = False
+    least: float | None = None
 
     @property
     def limit(self) -> float:
@@ -80,13 +84,25 @@ class Slice:
         """Digest of everything the result depends on; ``where`` names the card and the compiler."""
         out = hashlib.sha256(json.dumps([self.name, self.run, self.parameters, where], sort_keys=True).encode())
         for path in sorted({*self.files, *(path for op in self.ops for path in sources(op))}):
-            out.update(path.name.encode() + b"\0")
-            out.update(path.read_bytes() if path.is_file() else b"")
+            out.update(f"{path.name} {_content(path)}".encode())
         if self.tuned and (gpu := where.get("gpu")):
             for row in _tuned_rows(tuned.FOLDER / f"{slug(gpu)}.json"):
                 if _forward(tuned.row_op(row)) in self.ops:
                     out.update(json.dumps([row["family"], row["key"], row["config"]], sort_keys=True).encode())
         return out.hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ""
+    return _digest(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _digest(path: Path, mtime: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _forward(op: str) -> str:
@@ -99,6 +115,7 @@ def _tuned_rows(path: Path) -> list[dict[str, Any]]:
     return []
 
 
+@functools.cache
 def sources(op: str) -> set[Path]:
     """Files behind every implementation of an op: what it is checked against, its kernels, what they borrow."""
     package = ROOT / "pyvideo_kernels"
@@ -125,8 +142,8 @@ def plan(*, dry: bool = False) -> list[Slice]:
     """Every slice, in the order in which they are wanted.
 
     Correctness comes first: a wrong kernel's speed is worth nothing. Then the headline, one model end to end; then op
-    by op its tuning and its measurement with the tuned configuration; then what is large or rare. The record of
-    verified kernels is last, as it is about the tuned ones.
+    by op its tuning and its measurement with the tuned configuration; then what is large or rare. Tuning makes the
+    op's correctness stale, which is then checked again at the end.
 
     Args:
         dry: the same slices on tiny shapes.
@@ -144,16 +161,24 @@ def plan(*, dry: bool = False) -> list[Slice]:
     out.append(_decode("decode-wan2.1-480p", 60, dry))
     for op, entries in ops.items():
         if "triton" in OPS[op].impls:
-            out.append(Slice(f"tune-{op}", "tune", f"{RUNS}:tune", 80, {"ops": entries}, ops=(op,), tuned=False))
+            out.append(
+                Slice(
+                    f"tune-{op}", "tune", f"{RUNS}:tune", _TUNING.get(op, 60), {"ops": entries}, _files(_TUNER),
+                    ops=(op,), tuned=False, least=40,
+                )
+            )  # fmt: skip
         parameters = {"ops": entries, "dtype": "bf16"}
         out.append(Slice(f"ops-{op}", "ops", f"{RUNS}:ops", 40, parameters, _files(_HARNESS), ops=(op,)))
     out.append(_clip("e2e-wan2.1-14b-480p", 240, dry, model="wan2.1-14b", variants=("eager", "ours", "compile"),
                      steps=2, decode=False, float32=False))  # fmt: skip
     out.append(_decode("decode-wan2.1-720p", 120, dry, height=720, width=1280))
-    out.append(Slice("record", "correctness", f"{RUNS}:record", 60, ops=tuple(ops)))
+    if dry:
+        out = [replace(each, seconds=min(each.seconds, _DRY_SECONDS), least=None) for each in out]
     return out
 
 
+_DRY_SECONDS = 3.0
+_TUNING = {"spacetime_attention": 180, "causal_conv3d": 180}
 _CORRECTNESS = {"spacetime_attention": 60}
 _CLIP = {"model": "wan2.1-1.3b", "height": 480, "width": 832, "frames": 81, "decode": True, "float32": True}
 _DRY_CLIP = {"model": "tiny-random-wan", "height": 32, "width": 32, "frames": 5, "steps": 1}
