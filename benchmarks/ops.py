@@ -357,7 +357,7 @@ def command(
             f"--dtype: must be one of {', '.join(DTYPES)}; got {dtype!r}{did_you_mean(dtype, DTYPES)}"
         )
     place = device_named(device)
-    printer = printer_for(place)
+    printer = printer_for(place, single=quick)
 
     def keep(result: dict[str, Any], complete: bool) -> None:
         if json is not None:

@@ -1,10 +1,11 @@
-"""How `pyvideo bench ops` shows its rows: a table that grows on a terminal, a line a row elsewhere.
+"""How `pyvideo bench ops` shows its rows: a table an op on a terminal, a line a row elsewhere.
 
 The cells are those of `tables`, which every page and plot uses.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any, Protocol, TextIO
 
@@ -13,6 +14,7 @@ import torch
 from . import tables
 
 Row = dict[str, Any]
+_SHORT = {"implementation": "impl", "median ms": "ms", "of ceiling": "ceiling"}
 
 
 class Printer(Protocol):
@@ -91,37 +93,104 @@ class PlainPrinter:
 
 
 class RichPrinter:
-    """A table that grows row by row on a terminal."""
+    """Tables on a terminal: one an op as it is finished, or one for all where each has a single row.
 
-    def __init__(self, console: Any) -> None:
-        from rich.live import Live
+    Args:
+        device: where the rows come from.
+        console: rich's.
+        single: one table at the end.
+    """
 
-        self.console = console
-        self.result: dict[str, Any] = {}
-        self.live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
+    def __init__(self, device: torch.device, console: Any, single: bool = False) -> None:
+        self.device = device
+        self.console, self.single = console, single
+        self.rows: list[Row] = []
+        self.status = console.status("")
 
     def start(self, result: dict[str, Any]) -> None:
-        self.result = {**result, "rows": []}
         self.console.print(ceiling_line(result), highlight=False)
-        self.live.start()
+        self.status.start()
 
     def row(self, row: Row) -> None:
-        self.result["rows"].append(row)
-        self.live.update(tables.rich_table(self.result), refresh=True)
+        if self.rows and self.rows[-1]["op"] != row["op"] and not self.single:
+            self._flush()
+        self.rows.append(row)
+        self.status.update(f"{row['op']} {row['shape']}: {'wrong' if 'error' in row else 'done'}; measuring the next")
 
     def finish(self, result: dict[str, Any]) -> None:
         from rich.text import Text
 
-        self.live.stop()
-        for text in notes(result["rows"]):
-            self.console.print(Text(f"note: {text}"))
+        self.status.stop()
+        self._flush()
+        for text in (*notes(result["rows"]), *versions(result["rows"])):
+            self.console.print(Text(text, style="dim"))
+
+    def _flush(self) -> None:
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        rows, self.rows = self.rows, []
+        if not rows:
+            return
+        table, errors = drawn(rows)
+        endless = self.console.options.update(width=10_000)
+        if Measurement.get(self.console, endless, table).maximum <= self.console.width:
+            self.console.print(table)
+            for text in errors:
+                self.console.print(Text(text, style="red"))
+            return
+        for row in rows:  # no number is worth less than a column
+            self.console.print(Text(line(row, self.device), style="red" if "error" in row else ""))
 
 
-def printer_for(device: torch.device) -> Printer:
-    """A table where stdout is a terminal and rich is installed."""
+def versions(rows: list[Row]) -> list[str]:
+    """One line that says what the baselines' names stand for."""
+    found = itertools.chain.from_iterable(row.get("baselines", {}).items() for row in rows)
+    named = {name: outcome["version"] for name, outcome in found if "version" in outcome}
+    return ["versions: " + "; ".join(f"{name} {version}" for name, version in named.items())] if named else []
+
+
+def drawn(rows: list[Row]) -> tuple[Any, tuple[str, ...]]:
+    """The table of some rows, and what went wrong in them. What is the same in all of them is in its title."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    ran = []
+    for row in rows:
+        outcomes = row.get("baselines", {}).items()
+        kept = {
+            name: {k: v for k, v in one.items() if k != "version"} for name, one in outcomes if "skipped" not in one
+        }
+        ran.append({**row, "baselines": kept})
+    made = tables.table({"kind": "ops", "rows": ran})
+    common = [at for at, column in enumerate(made.columns) if column.title in ("op", "dtype")]
+    common = [at for at in common if len({row[at] for row in made.rows}) == 1]
+    out = Table(
+        title=", ".join(made.rows[0][at] for at in common),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    shown = [at for at in range(len(made.columns)) if at not in common]
+    for at in shown:
+        column = made.columns[at]
+        # Names break after a hyphen: a ratio needs no more than six letters.
+        heading = _SHORT.get(column.title, column.title.replace("-", "-\n"))
+        out.add_column(Text(heading), justify="right" if column.numeric else "left", no_wrap=True)
+    for cells in made.rows:
+        red = "bold red" if "WRONG" in cells else ""
+        out.add_row(*(Text(cells[at], style="red" if cells[at] == "error" else "") for at in shown), style=red)
+    return out, made.notes
+
+
+def printer_for(device: torch.device, single: bool = False) -> Printer:
+    """Tables where stdout is a terminal and rich is installed."""
     try:
         from rich.console import Console
     except ImportError:
         return PlainPrinter(device)
     console = Console()
-    return RichPrinter(console) if console.is_terminal else PlainPrinter(device)
+    return RichPrinter(device, console, single) if console.is_terminal else PlainPrinter(device)

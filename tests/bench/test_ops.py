@@ -364,17 +364,31 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(quick, monkeypatch, tmp_path, 
         assert "nothing was written" in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_terminal_gets_a_table_in_which_wrong_is_red(capsys):
+@pytest.mark.parametrize("width", [120, 60])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_terminal_gets_tables_in_which_wrong_is_red(monkeypatch, capsys, single, width):
     from rich.console import Console
 
-    console = Console(force_terminal=True, width=140, color_system="standard")
-    printer = ops_table.RichPrinter(console)
-    right = runner().row(ENTRIES["gate_residual"], "tiny", TINY)
+    found = {
+        "absent": Peer("absent", None, "not installed", None),
+        "here-too": Peer("here-too", "1.2", None, lambda i: i["x"] + i["y"] * i["gate"]),
+    }
+    monkeypatch.setattr(baselines, "peers_for", lambda *_: found)
+    console = Console(force_terminal=True, width=width, color_system="standard")
+    printer = ops_table.RichPrinter(CPU, console, single)
+    right = runner(names=("eager", *found)).row(ENTRIES["gate_residual"], "tiny", TINY)
+    wrong = {"op": "rms_norm", "shape": "tiny", "dtype": "float32", "impl": "cpu", "error": "off [by] one"}
     result = {"kind": "ops", "ceilings": TOPS, "rows": []}
     printer.start(result)
-    for row in (right, {"op": "rms_norm", "shape": "tiny", "dtype": "float32", "impl": "cpu", "error": "off [by] one"}):
+    for row in (right, wrong):
         printer.row(row)
         result["rows"].append(row)
     printer.finish(result)
     text = capsys.readouterr().out
-    assert "× eager" in text and "off [by] one" in text and re.search(r"\x1b\[1;31m +WRONG\x1b\[0m", text)
+    red = " ".join(re.findall(r"\x1b\[(?:1;)?31m([^\x1b]*)", text))
+    assert "WRONG" in red and "off [by] one" in " ".join(red.split())
+    assert "absent" not in text and "versions: here-too 1.2" in text
+    if width == 120:
+        assert text.count("±") == (1 if single else 2) and "× eager" in text and "× here-" in text
+    else:  # too narrow for the columns: lines, with every number in them
+        assert "gate_residual" in text and f"x{right['baselines']['here-too']['ratio']:.2f}" in text
