@@ -33,11 +33,12 @@ def windowed(inputs: Inputs) -> bool:
 
 def beyond(inputs: Inputs) -> str | None:
     """What no peer has."""
-    for name, what in (("kv_lens", "a number of valid text tokens a sample"), ("return_lse", "an lse to compare")):
-        if inputs.get(name) is not None and inputs.get(name) is not False:
-            return f"`{name}`: it has not {what}"
+    if inputs.get("kv_lens") is not None:
+        return "takes no `kv_lens`, the number of valid text tokens of each sample"
+    if inputs.get("return_lse"):
+        return "is compared by its output alone, without `return_lse`"
     if inputs.get("precision", "native") != "native":
-        return f"precision {inputs['precision']!r} is ours alone"
+        return f"has no counterpart of precision {inputs['precision']!r}"
     return None
 
 
