@@ -119,7 +119,7 @@ def first_call(model: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not caught:
-            caught.append((map_tensors(args, Tensor.clone), map_tensors(kwargs, Tensor.clone)))
+            caught.append((map_tensors(args, _copy), map_tensors(kwargs, _copy)))
 
     handle = model.register_forward_pre_hook(catch, with_kwargs=True)
     try:
@@ -127,6 +127,14 @@ def first_call(model: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
     finally:
         handle.remove()
     return caught[0]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, overlapping ones too: a compiled model would be compiled anew for others."""
+    if not tensor.numel():
+        return tensor.clone()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def velocity(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:

@@ -5,8 +5,9 @@ A variant that cannot run, runs out of memory or gives a broken video becomes a 
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,11 @@ class Session:
 
     def run(self, rounds: int) -> None:
         """Everything, in order."""
+        compiled = sum(entry.variant.compile is not None for entry in self.entries)
+        with _room_for_graphs(compiled) if compiled else contextlib.nullcontext():
+            self._run(rounds)
+
+    def _run(self, rounds: int) -> None:
         for entry in self.entries:
             self._guarded(entry, self.warm)
         for number in range(rounds):
@@ -288,6 +294,15 @@ def _graphs() -> dict[str, int]:
         "graphs": int(counters["stats"].get("unique_graphs", 0)),
         "graph_breaks": sum(counters["graph_break"].values()),
     }
+
+
+@contextlib.contextmanager
+def _room_for_graphs(variants: int) -> Iterator[None]:
+    """Variants compile the same code: past torch's limit of graphs a function, the later ones would run eagerly."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=config.recompile_limit * variants):
+        yield
 
 
 def _new_graphs(before: dict[str, int]) -> dict[str, int]:
