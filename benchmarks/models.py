@@ -9,8 +9,9 @@ video = decode(pipe, latents, clip)
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,9 @@ from .families import FAMILIES, PROMPT_SHARE, Prompt
 from .random_weights import diffusers_class, fill, skeleton, weight_bytes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HALF = "--dtype bf16 or "
+# What loading needs beside the weights.
+_HEADROOM = 1.05
 
 
 def random_pipeline(
@@ -62,7 +66,7 @@ def random_pipeline(
     device = loading.pick_device(str(device))
     modules = {"transformer": skeleton(arch.transformer, dtype), "vae": skeleton(arch.vae, vae_dtype)}
     check_fits(arch.name, weight_bytes(modules), dtype, device)
-    with loading.memory_remedy("the making of its weights", device, "none"):
+    with _memory_remedy(arch.name, dtype, device):
         parts: dict[str, Any] = {name: fill(module, name, device, seed) for name, module in modules.items()}
     parts["scheduler"] = diffusers_class(arch.scheduler.kind)(**arch.scheduler.config)
     kind = diffusers_class(arch.pipeline)
@@ -87,15 +91,28 @@ def _check_dtypes(function: str, arch: Architecture, dtype: torch.dtype, vae_dty
     return vae_dtype or (torch.float32 if arch.vae_dtype == "float32" else dtype)
 
 
-def check_fits(name: str, need: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_fits(name: str, need: float, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse weights of ``need`` bytes that ``device`` has no room for."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else loading.host_memory()
     if free is not None and need > free:
-        half = "--dtype bf16 or " if dtype == torch.float32 else ""
         raise OutOfMemoryError(
             f"{name} needs {need / 1e9:.3g} GB for its weights and {device} has {free / 1e9:.3g} GB free: "
-            f"use {half}a smaller model"
+            f"use {_HALF if dtype == torch.float32 else ''}a smaller model"
         )
+
+
+@contextlib.contextmanager
+def _memory_remedy(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Running out of memory for weights, in one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not loading.is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"{device} ran out of memory for the weights of {name}: stop what else uses it, or use "
+            f"{_HALF if dtype == torch.float32 else ''}a smaller model"
+        ) from error
 
 
 # Real weights -------------------------------------------------------------------------------------------------------
@@ -120,15 +137,15 @@ def find(name: str, note: Callable[[str], None] = lambda text: None) -> tuple[Ar
     family = families[model.pipeline]
     parts = {}
     for key, config in (("transformer", model.transformer), ("vae", model.vae), ("scheduler", model.scheduler)):
-        kind = config.get("_class_name")
-        if not isinstance(kind, str):
-            raise ModelError(f"{model.path}/{key} does not say which class it is; download or save the model again")
-        parts[key] = Part(kind, config)
-    for key in ("transformer", "vae"):
-        # A configuration saved long ago leaves out what was added since; the class knows.
-        parts[key] = Part(parts[key].kind, dict(skeleton(parts[key]).config))  # type: ignore[arg-type]
+        parts[key] = Part(str(config.get("_class_name")), config)
     like = next((arch for arch in map(architecture, ARCHITECTURES) if repo == arch.source), None)
     stand_in = like or architecture(family.reference)
+    for key, expected in (("transformer", stand_in.transformer.kind), ("vae", stand_in.vae.kind)):
+        if parts[key].kind != expected:
+            raise ModelError(f"{model.path}/{key} is a {parts[key].kind}; a {model.pipeline} has a {expected} there")
+        # A configuration saved long ago leaves out what was added since; the class knows.
+        module: Any = skeleton(parts[key])
+        parts[key] = Part(expected, dict(module.config))
     defaults = stand_in.defaults
     if like is None and family.name == "wan":
         d = model.defaults
@@ -143,7 +160,7 @@ def find(name: str, note: Callable[[str], None] = lambda text: None) -> tuple[Ar
         pipeline_options={"expand_timesteps": True} if model.expand_timesteps else {},
         text=Text(tokens, width, pooled),
         defaults=defaults,
-        parameters={key: model.parameters[key] for key in ("transformer", "vae")},
+        parameters=model.parameters,
         transformer=parts["transformer"],
         vae=parts["vae"],
         scheduler=parts["scheduler"],
@@ -167,8 +184,12 @@ def load_pipeline(
     arch, model = find(name, note)
     vae_dtype = _check_dtypes("load_pipeline", arch, dtype, vae_dtype)
     device = loading.pick_device(str(device))
-    loading.check_fits(model, dtype, device, "none", vae_dtype)
-    with loading.memory_remedy("the loading of its weights", device, "none"):
+    need = _HEADROOM * sum(
+        count * (vae_dtype if key == "vae" else dtype).itemsize for key, count in model.parameters.items()
+    )
+    for place in {torch.device("cpu"), device}:  # a GPU's weights pass through the host
+        check_fits(arch.name, need, dtype, place)
+    with _memory_remedy(arch.name, dtype, device):
         pipe = loading.load_pipeline(model, dtype, vae_dtype=vae_dtype)
         loading.place(pipe, device, "none")
     _settle(pipe, arch)

@@ -43,8 +43,9 @@ def diffusers_class(name: str) -> Any:
     """A class of diffusers by name, or a sentence on what is missing."""
     try:
         import diffusers
-    except ImportError:
-        raise ModelError("video models need diffusers: pip install 'pyvideo-kernels[sampler]'") from None
+        import transformers  # noqa: F401  (the pipelines name its classes)
+    except ImportError as error:
+        raise ModelError(f"video models need {error.name}: pip install 'pyvideo-kernels[sampler]'") from None
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"diffusers {diffusers.__version__} has no {name}: pip install 'pyvideo-kernels[sampler]'")

@@ -44,13 +44,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {value: key for key, value in _DTYPES.items()}.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def check_fits(
-    model: Model, dtype: torch.dtype, device: torch.device, offload: str, vae_dtype: torch.dtype = torch.float32
-) -> None:
+def check_fits(model: Model, dtype: torch.dtype, device: torch.device, offload: str) -> None:
     """Refuse weights that cannot fit before they are read."""
+    # The VAE stays in fp32: that is how its authors run it.
     sizes = {
-        name: count * (vae_dtype if name == "vae" else dtype).itemsize * _HEADROOM
-        for name, count in model.parameters.items()
+        name: count * (4 if name == "vae" else dtype.itemsize) * _HEADROOM for name, count in model.parameters.items()
     }
     need_host = sum(sizes.values())
     if device.type == "cuda":
