@@ -36,7 +36,10 @@ _FIRST = (
     "gate_residual_norm_modulate",
     "layer_norm_modulate",
 )
-_HARNESS = ("registry.py", "timing.py", "backends.py", "ops.py", "peers.py", "peers_attention.py", "peers_other.py")
+_HARNESS = (
+    "registry.py", "timing.py", "backends.py", "ops.py",
+    "peer.py", "peers.py", "peers_attention.py", "peers_other.py", "peers_torch.py",
+)  # fmt: skip
 _TUNER = ("registry.py", "timing.py", "backends.py", "tune.py", "tune_search.py", "launches.py")
 _CLIPS = ("e2e.py", "models.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py")
 
