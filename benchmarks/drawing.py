@@ -117,24 +117,34 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], clear_o
     for x, y, _ in points:
         cx, cy = axes.transData.transform((x, y))
         taken.append(Bbox.from_extents(cx - 5, cy - 5, cx + 5, cy + 5))
-    steps = [(side * 8, lift) for lift in (0, 10, -10, 20, -20, 30, -30, 42, -42, 54, -54) for side in (1, -1)]
+    lifts = (0, 10, -10, 20, -20, 30, -30, 42, -42, 54, -54)
+    # Beside the point; where neither side has the room, above or below it.
+    steps = [(side * 8, lift) for lift in lifts for side in (1, -1)] + [(0, lift) for lift in lifts[1:]]
     for x, y, text in points:
         label = axes.annotate(
             text, (x, y), (0, 0), textcoords="offset points", fontsize=8, va="center", bbox=HALO, zorder=5
         )
         costs = []
         for step in steps:
-            box = _put(label, step).get_window_extent(renderer)
+            box = _put(label, step, frame, renderer)
             outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
             outside += max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1 - 8)
             costs.append(outside + 50 * sum(box.overlaps(other) for other in taken))
-        taken.append(_put(label, steps[costs.index(min(costs))]).get_window_extent(renderer))
+        taken.append(_put(label, steps[costs.index(min(costs))], frame, renderer))
 
 
-def _put(label: Annotation, step: tuple[int, int]) -> Annotation:
-    label.set_position(step)
-    label.set_horizontalalignment("left" if step[0] > 0 else "right")
-    return label
+def _put(label: Annotation, step: tuple[int, int], frame: Any, renderer: Any) -> Any:
+    """Move a label by ``step`` points off its point; centred ones into the frame. Returns where it is, in pixels."""
+    figure: Any = label.figure
+    side, lift = step
+    label.set_position((side, lift))
+    label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
+    box = label.get_window_extent(renderer)
+    if not side:
+        push = max(0.0, frame.x0 - box.x0) - max(0.0, box.x1 - frame.x1)
+        label.set_position((push * 72 / figure.dpi, lift))
+        box = label.get_window_extent(renderer)
+    return box
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

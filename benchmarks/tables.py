@@ -106,7 +106,7 @@ def short_kernel(name: str) -> str:
     if wrapped:
         return short_kernel(wrapped.group(1))
     name = name.replace("(anonymous namespace)::", "")
-    return re.split(r"[<(,]", name, maxsplit=1)[0].strip()
+    return re.split(r"[<(,>]", name, maxsplit=1)[0].strip()
 
 
 # The machine -------------------------------------------------------------------------------------------------------
