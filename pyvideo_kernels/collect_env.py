@@ -167,7 +167,8 @@ def collect(load_peers: bool = False) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "torch_cuda": torch.version.cuda or torch.version.hip,
+        "torch_cuda": torch.version.cuda,
+        "torch_rocm": torch.version.hip,
         "cudnn": cudnn_version(),
         "interpreting": interpreting(),
         "gpus": cards,
@@ -192,7 +193,8 @@ def collect(load_peers: bool = False) -> dict[str, Any]:
 def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The facts as (heading, sentence), known problems left out."""
     found = facts["versions"]
-    built = f"built for {facts['torch_cuda']}" if facts["torch_cuda"] else "built without CUDA or ROCm"
+    platforms = [f"{name} {facts[key]}" for name, key in (("CUDA", "torch_cuda"), ("ROCm", "torch_rocm")) if facts[key]]
+    built = f"built for {platforms[0]}" if platforms else "built without CUDA or ROCm"
     modified = ", modified" if facts.get("dirty") else ""
     checkout = f" (revision {facts['revision']}{modified})" if facts.get("revision") else ""
     rest = [f"{name} {version or 'missing'}" for name, version in found.items() if name not in _SAID]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 WRONG, BROKEN, GRADIENTS, SLOW, UNTESTED = (
-    "wrong results", "does not run", "wrong gradients", "slow", "untested pair",
+    "wrong results", "crashes", "wrong gradients", "slow", "untested pair",
 )  # fmt: skip
 EFFECTS = (WRONG, BROKEN, GRADIENTS, SLOW, UNTESTED)
 """Worst first, for somebody who samples."""

@@ -87,8 +87,8 @@ def _rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows + [("BROKEN", sentence) for sentence in data["broken"]]
 
 
-def _why(op: Mapping[str, Any]) -> str:
-    return "; ".join(f"{row['impl']}: {row['why']}" for row in op["why"])
+def _why(name: str, op: Mapping[str, Any]) -> str:
+    return "; ".join(f"{row['impl']}: {row['why'].removeprefix(f'{name}: ')}" for row in op["why"])
 
 
 _STYLES = {WRONG: "bold white on red", BROKEN: "bold red", SLOW: "yellow"}
@@ -120,7 +120,7 @@ def _print(data: Mapping[str, Any], console: Console) -> None:
         console.print("known problems: none for these versions")
     ops = Table("op", "binds", "why", title=f"auto on {data['device']}, {data['dtype']}", title_justify="left")
     for name, op in data["ops"].items():
-        ops.add_row(name, op["binds"], escape(_why(op)))
+        ops.add_row(name, op["binds"], escape(_why(name, op)))
     console.print(ops)
 
 
@@ -132,4 +132,4 @@ def _print_plain(data: Mapping[str, Any]) -> None:
     for heading, sentence in _rows(data)[len(collect_env.rows(data)) :]:
         print(f"{heading}: {sentence}")
     for name, op in data["ops"].items():
-        print(f"{name} binds {op['binds']} ({_why(op)})")
+        print(f"{name} binds {op['binds']} ({_why(name, op)})")
