@@ -67,8 +67,8 @@ class Recorder:
             if known is not None:
                 known.count += 1
                 return
-            first = next(_tensors(args))
-            size = sum(extent(tensor) * tensor.element_size() for tensor in _tensors(args))
+            first = next(tensors(args))
+            size = sum(extent(tensor) * tensor.element_size() for tensor in tensors(args))
             kept = self.size + size <= self.limit
             if kept:
                 self.size += size
@@ -95,12 +95,13 @@ def describe(op: Op, args: Sequence[Any]) -> str:
     return ", ".join(parts)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists too."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _signature(value: Any) -> Any:

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from .. import dispatch
 from ..error_types import UsageError
-from ..testing.compare import Mismatch, assert_close
 from ..verify import Row, verify_calls
 from .kernels import is_accelerated, op_names
 from .loading import memory_remedy
@@ -251,23 +250,34 @@ def _sample(sampler: Sampler, film: Settings, plan: Plan, text: Any, *, eager: b
 
 
 def _compare(stage: str, ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> Clip:
-    """The rule of `testing.compare` for a whole clip; the band is one rounding of the model's dtype."""
-    true, low, got = truth.double(), eager.double(), ours.double()
+    """The rule of `testing.compare` for a whole clip; the band is one rounding of the model's dtype.
+
+    Mean square, and the error that all but a thousandth of the values stay below, which shows a wrong row or column.
+    The largest error is reported but not judged: a norm somewhere in the model divides by nearly nothing at a few
+    places and multiplies rounding there by a random number, in any run. Each op's own largest error is judged.
+    """
+    true, low, got = (x.double().flatten() for x in (truth, eager, ours))
 
     def rms(x: Tensor) -> float:
         return float(x.square().mean().sqrt())
 
-    size, most = max(rms(true), 1e-30), max(float(true.abs().max()), 1e-30)
+    def most(x: Tensor) -> float:
+        return float(x.abs().kthvalue(max(1, round(0.999 * x.numel()))).values)
+
+    problem = ""
+    if not bool(torch.isfinite(got).all()):
+        problem = f"{int((~torch.isfinite(got)).sum())} values are NaN or infinite"
+    eps = torch.finfo(dtype).eps
+    for name, reduce, band in (("rms", rms, eps / 4), ("99.9 %", most, eps)):
+        error, allowed = reduce(got - true), 2 * reduce(low - true) + band * reduce(true)
+        if not problem and not error <= allowed:
+            problem = f"{name} error {error:.3e} over the allowed {allowed:.3e}"
+    size, largest = max(rms(true), 1e-30), max(float(true.abs().max()), 1e-30)
     difference = rms(got - low)
     peak = 1.0 if stage == "pixels" else float(low.max() - low.min())
-    problem = ""
-    try:
-        assert_close(got, true, low, stage, rounding=dtype)
-    except Mismatch as error:
-        problem = str(error)
     return Clip(
-        stage, rms(got - true) / size, rms(low - true) / size, float((got - true).abs().max()) / most,
-        float((low - true).abs().max()) / most, math.inf if difference == 0 else 20 * math.log10(peak / difference),
+        stage, rms(got - true) / size, rms(low - true) / size, float((got - true).abs().max()) / largest,
+        float((low - true).abs().max()) / largest, math.inf if difference == 0 else 20 * math.log10(peak / difference),
         problem,
     )  # fmt: skip
 
@@ -291,7 +301,7 @@ def command(settings: Settings, json_file: Path | None, reporter: Reporter) -> b
     if json_file is not None:
         write(json_file, found, settings)
     for problem in found.problems():
-        console.print(f"FAILED {problem}", style="red", markup=False, highlight=False)
+        console.print(f"FAILED {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     return found.ok
 
 

@@ -47,10 +47,9 @@ def assert_close(
     ref64: Tensor,
     eager: Tensor,
     label: str = "output",
-    rounding: torch.dtype | None = None,
     summed: Tensor | None = None,
 ) -> None:
-    """Apply the rule; ``eager`` has the dtype whose rounding is the yardstick, unless ``rounding`` names another.
+    """Apply the rule; ``eager`` has the dtype whose rounding is the yardstick.
 
     ``summed``: ``sqrt(terms) * Σ|a b|`` of each element, where any order of its sum is granted.
     """
@@ -69,7 +68,7 @@ def assert_close(
         raise Mismatch(f"{label}: {int(broken.sum())} non-finite or misplaced values, first at {where}")
     y, r, e = (torch.where(finite, t, 0.0) for t in (y, r, e))
     e = torch.where(torch.isfinite(e), e, r)
-    eps = torch.finfo(rounding or eager.dtype).eps
+    eps = torch.finfo(eager.dtype).eps
     for name, reduce, band in (
         ("max", lambda t: t.abs().max(), eps),
         ("rms", lambda t: t.square().mean().sqrt(), eps / 4),
