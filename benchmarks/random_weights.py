@@ -16,8 +16,8 @@ from pyvideo_kernels.error_types import ModelError
 
 from .architecture import Part
 
-# Numbers drawn at a time, in float32: 64 MiB beside the weights, whatever their size.
-_CHUNK = 1 << 24
+# Numbers drawn at a time, in float32: 4 MiB beside the weights, which stay in a cache.
+_CHUNK = 1 << 20
 # A normal cut at two standard deviations has this much of one left.
 _CUT, _CUT_STD = 2.0, 0.8796256610342398
 
