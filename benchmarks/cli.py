@@ -40,18 +40,23 @@ def e2e(
         list[str] | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="A variant, once or more: eager, compile, ours, compile+ours, "
-            "with accelerate() arguments; default: eager and ours.",
+            help="A variant, once or more: eager, compile, ours, compile+ours. Keys: attention, impl, ops=a+b, strict "
+            "(accelerate's); scope=model|blocks, mode, dynamic, vae (torch.compile's); backend (diffusers' attention "
+            "backend, of any). Default: eager and ours.",
         ),
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="True size, no download.")] = False,
-    height: Annotated[int | None, typer.Option()] = None,
-    width: Annotated[int | None, typer.Option()] = None,
-    frames: Annotated[int | None, typer.Option()] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; sizes, steps and guidance default to the model's own.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of each timed clip.")] = None,
     guidance: Annotated[float | None, typer.Option(help="1 switches classifier-free guidance off.")] = None,
-    prompt: Annotated[str, typer.Option()] = "a red ball moves left on a black background",
-    seed: Annotated[int, typer.Option()] = 0,
+    prompt: Annotated[
+        str, typer.Option(help="Read once, before; random weights read none.")
+    ] = "a red ball moves left on a black background",
+    seed: Annotated[int, typer.Option(help="Of noise, and of random weights.")] = 0,
     rounds: Annotated[int, typer.Option(min=3, help="Clips a variant, in turns.")] = 3,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
     dtype: Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32")] = "auto",
@@ -61,7 +66,10 @@ def e2e(
         "runs/bench"
     ),
 ) -> None:
-    """Whole clips through each variant, in turns, in one process: seconds, memory, breakdown, quality."""
+    """Whole clips through each variant, in turns, in one process: seconds, memory, breakdown, quality.
+
+    Exit 1 if a video came out broken, or eager or everything that was asked for could not run.
+    """
     from .e2e import Request, command
 
     request = Request(

@@ -25,6 +25,9 @@ class Console:
         if name == "load":
             self.say(f"{facts['model']} in {facts['dtype']} on {facts['device']}")
             return "loading"
+        if name == "note":
+            self.say(facts["text"])
+            return "loading"
         if name == "loaded":
             settings = facts["settings"]
             text = settings["text_seconds"]

@@ -84,9 +84,9 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
 
     Args:
         request: what.
-        on_event: called with a name and facts as things happen: ``load``, ``loaded`` (settings), then of each variant
-            ``warm``, ``failed``, ``round`` and ``breakdown`` with ``variant``, ``error`` and ``result``: the result so
-            far, worth keeping, with ``interrupted`` set.
+        on_event: called with a name and facts as things happen: ``load``; ``note`` (a download); ``loaded`` with
+            ``settings``; then of each variant ``warm``, ``failed``, ``round`` and ``breakdown`` with ``variant``,
+            ``error``, ``entry``, and ``result``: the result so far, worth keeping, marked ``interrupted``.
     Returns:
         A result of kind ``e2e``.
     Raises:
@@ -100,7 +100,7 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
     _need_diffusers()
     say("load", {"model": request.model, "device": str(device), "dtype": dtype_name(dtype)})
     try:
-        source, settings = load(request, device, dtype)
+        source, settings = load(request, device, dtype, lambda text: say("note", {"text": text}))
         ceilings = {"copy": copy_bandwidth(device), "gemm": gemm_rate(device, dtype)}
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
@@ -148,8 +148,10 @@ def _need_diffusers() -> None:
         ) from None
 
 
-def load(request: Request, device: torch.device, dtype: torch.dtype) -> tuple[Source, dict[str, Any]]:
-    """The model and its inputs, and the result's ``settings``."""
+def load(
+    request: Request, device: torch.device, dtype: torch.dtype, note: Callable[[str], None] = lambda text: None
+) -> tuple[Source, dict[str, Any]]:
+    """The model and its inputs, and the result's ``settings``; ``note`` is told what is being downloaded."""
     text_seconds = None
     if request.random_weights:
         arch = models.architecture(_architecture_name(request.model))
@@ -157,7 +159,7 @@ def load(request: Request, device: torch.device, dtype: torch.dtype) -> tuple[So
         pipe = models.random_pipeline(arch, dtype=dtype, device=device, seed=request.seed)
         prompt = models.prompt_inputs(pipe, arch, seed=request.seed)
     else:
-        pipe, arch = models.load_pipeline(request.model, dtype=dtype, device=device)
+        pipe, arch = models.load_pipeline(request.model, dtype=dtype, device=device, note=note)
         clip = arch.clip(request.height, request.width, request.frames)
         start = time.perf_counter()
         prompt = models.encode_prompt(pipe, arch, request.prompt)

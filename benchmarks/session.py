@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,7 +177,7 @@ class Session:
         if entry is self.base:
             self._latents, self._frames = clip.latents.cpu(), frames
         if self._latents is not None:
-            out["latents_error"] = quality.relative_error(clip.latents.cpu(), self._latents)
+            out["latents_error"] = _finite(quality.relative_error(clip.latents.cpu(), self._latents))
         if frames is not None and self._frames is not None:
             quality.check_not_black(frames, self._frames)
             out |= quality.compare_videos(frames, self._frames)
@@ -189,7 +190,7 @@ class Session:
                     self._call = None
         return out
 
-    def _float32_error(self, entry: Entry, built: Built) -> dict[str, float]:
+    def _float32_error(self, entry: Entry, built: Built) -> dict[str, float | None]:
         velocity = quality.velocity(built.pipe.transformer, self._call)
         if entry is self.base:
             reference = velocity
@@ -199,7 +200,7 @@ class Session:
             self._base_error = quality.relative_error(velocity, self._float32_velocity)
         assert self._float32_velocity is not None
         error = quality.relative_error(velocity, self._float32_velocity)
-        return {"float32_error": error, "eager_float32_error": self._base_error}
+        return {"float32_error": _finite(error), "eager_float32_error": _finite(self._base_error)}
 
     def time(self, entry: Entry) -> None:
         """One timed clip."""
@@ -275,6 +276,11 @@ def describe(error: BaseException) -> str:
     """``Type: first words``, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def _finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def _new_calls(before: dict[tuple[str, str], int]) -> dict[str, dict[str, int]]:

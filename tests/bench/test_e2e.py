@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 from pyvideo_kernels.benchmarks import clips, e2e, models, quality, results, session
 from pyvideo_kernels.benchmarks import statements as said
+from pyvideo_kernels.benchmarks.cli import app
 from pyvideo_kernels.benchmarks.clips import Clip, Clock, ratios, run_clip, seconds, turns
 from pyvideo_kernels.benchmarks.e2e import Request
 from pyvideo_kernels.benchmarks.session import Session, Source
@@ -158,6 +160,26 @@ def test_without_diffusers_it_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ModelError, match=r"diffusers is not installed: pip install 'pyvideo-kernels\[sampler\]'"):
         e2e.run(TINY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--ab", "eagr"], Exit.USAGE, "there is no variant 'eagr' (did you mean 'eager'?)"),
+        (["--ab", "ours:impl=cuba"], Exit.USAGE, "(did you mean 'cuda'?)"),
+        (["--model", "nowhere/at-all.d", "--device", "cpu"], Exit.MODEL, "nowhere/at-all.d"),
+        (
+            ["--random-weights", "--model", "tiny-random-wan", "--frames", "6", "--device", "cpu"],
+            Exit.USAGE,
+            "use 5 or 9",
+        ),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(arguments, code, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ran = CliRunner().invoke(app, ["e2e", *arguments, "-o", str(tmp_path / "out")])
+    assert ran.exit_code == code and words in " ".join(ran.stderr.split()), ran.stderr
+    assert ran.stdout == "" and "Traceback" not in ran.stderr
 
 
 # Sessions -----------------------------------------------------------------------------------------------------------
