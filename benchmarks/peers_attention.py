@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -145,8 +146,10 @@ def _natten_refuses(inputs: Inputs) -> str | None:
     return None
 
 
-_STA_CANVASES = ((30, 48, 80), (36, 48, 48), (18, 48, 80))
+# What FastVideo's sliding tile attention is built for: canvases with a suffix of at most 256 text tokens, and without.
 _STA_TILE = (6, 8, 8)
+_STA_WITH_TEXT = ((30, 48, 80),)
+_STA_PLAIN = ((36, 48, 48), (18, 48, 80))
 
 
 def _tiles(x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -163,14 +166,18 @@ def _untile(x: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def _fastvideo(function: Callable[..., Any], inputs: Inputs) -> Tensor:
-    grid = tuple(inputs["grid"])
-    heads = inputs["q"].shape[2]
-    window = inputs["window"]
-    rows = [window] * heads if isinstance(window[0], int) else window
-    tiles = [[n // size for n, size in zip(row, _STA_TILE, strict=True)] for row in rows]
+    grid, text = tuple(inputs["grid"]), inputs.get("text_len", 0)
+    heads, video = inputs["q"].shape[2], prod(grid)
+    tiles = [[n // size for n, size in zip(row, _STA_TILE, strict=True)] for row in _windows(inputs, heads)]
     # Its tokens come tile by tile: the way there and back belongs to what a user pays.
-    q, k, v = (_tiles(x, grid) for x in qkv(inputs))
-    return _untile(function(q, k, v, tiles, 0, False, "x".join(map(str, grid))), grid)
+    q, k, v = (torch.cat([_tiles(x[:, :video], grid), x[:, video:].transpose(1, 2)], 2) for x in qkv(inputs))
+    out = function(q, k, v, tiles, text, text > 0, "x".join(map(str, grid)))
+    return torch.cat([_untile(out[:, :, :video], grid), out[:, :, video:].transpose(1, 2)], 1)
+
+
+def _windows(inputs: Inputs, heads: int = 1) -> Sequence[Sequence[int]]:
+    window = inputs["window"]
+    return [window] * heads if isinstance(window[0], int) else window
 
 
 def _fastvideo_refuses(inputs: Inputs) -> str | None:
@@ -178,19 +185,24 @@ def _fastvideo_refuses(inputs: Inputs) -> str | None:
         return why
     if inputs.get("window") is None:
         return "sliding tile attention has no dense form; video_sparse_attn adds block means, which is another function"
-    if inputs.get("causal_time") or inputs.get("text_len", 0):
-        return "is used without causal time and without text"
-    if inputs.get("scale") is not None or inputs["q"].shape[2] != inputs["k"].shape[2]:
-        return "takes the default scale, and as many KV heads as query heads"
-    if tuple(inputs["grid"]) not in _STA_CANVASES:
-        return f"takes grids {', '.join('x'.join(map(str, c)) for c in _STA_CANVASES)}; this is {tuple(inputs['grid'])}"
-    window = inputs["window"]
-    rows = [window] if isinstance(window[0], int) else window
-    odd = all(n % (2 * size) == size for row in rows for n, size in zip(row, _STA_TILE, strict=True))
-    if any(n > length for row in rows for n, length in zip(row, inputs["grid"], strict=True)):
-        return "windows are at most the grid"
-    if tuple(inputs.get("stride", (1, 1, 1))) != _STA_TILE or not odd:
-        return f"windows are an odd number of 6x8x8 tiles at stride {_STA_TILE}"
+    if inputs.get("causal_time") or inputs.get("scale") is not None:
+        return "has no causal time, and the default scale alone"
+    if inputs["q"].shape[-1] != 128 or inputs["q"].shape[2] != inputs["k"].shape[2]:
+        # With another head_dim its sm_90 kernel is not launched, and the output stays uninitialised.
+        return "takes head_dim 128, and as many KV heads as query heads"
+    grid, text = tuple(inputs["grid"]), inputs.get("text_len", 0)
+    canvases = _STA_WITH_TEXT if text else _STA_PLAIN
+    if grid not in canvases or text > 256 or (text and inputs.get("text_side", "suffix") != "suffix"):
+        names = " or ".join("x".join(map(str, canvas)) for canvas in canvases)
+        return f"takes grid {names} {'with a suffix of at most 256 text tokens' if text else 'without text'}"
+    whole = [
+        n % size == 0 and n <= length and (n // size % 2 or n == length)
+        for row in _windows(inputs)
+        for n, size, length in zip(row, _STA_TILE, grid, strict=True)
+    ]
+    if tuple(inputs.get("stride", (1, 1, 1))) != _STA_TILE or not all(whole):
+        tile = "x".join(map(str, _STA_TILE))
+        return f"takes windows of an odd number of {tile} tiles (or all of them) with a stride of one tile"
     return None
 
 
