@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvideo_kernels.errors import UnsupportedError
+from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 
 from .op_classes import CLASSES
 from .tables import clip, machine, short_dtype
@@ -31,6 +31,7 @@ SERIES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, "#666666", "#882255", "#4
 CLASS_COLOURS = dict(zip(CLASSES, (BLUE, SKY, ORANGE, GREEN, RED, YELLOW, PINK, GREY), strict=True))
 DARK = (BLUE, GREEN, RED)  # white numbers on these
 HALO = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}  # keeps text off the lines behind it
+MANY = 20  # rows beyond which a line is an op, with its shapes as dots
 WIDTH = 8.6  # inches; a README shows it at about its own size
 
 _STYLE = {
@@ -55,6 +56,15 @@ _STYLE = {
     "hatch.linewidth": 0.6,
     "hatch.color": "#888888",
 }
+
+
+Result = Mapping[str, Any]
+
+
+def check_kind(result: Result, *kinds: str) -> None:
+    """Refuse a result that a plot is not for."""
+    if result.get("kind") not in kinds:
+        raise ValueOptionError(f"plots: `kind` must be {' or '.join(kinds)}; got {result.get('kind')!r}")
 
 
 @contextmanager
@@ -83,7 +93,7 @@ def panels(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tup
     return figure, list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
 
 
-def title(figure: Figure, text: str, result: Mapping[str, Any]) -> None:
+def title(figure: Figure, text: str, result: Result) -> None:
     """What is shown, and under it the machine and what was run on it."""
     if result["kind"] == "e2e":
         what = clip(result["settings"])
@@ -105,8 +115,13 @@ def legend(figure: Figure, names: Sequence[str], colours: Sequence[str], hatched
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 6), handlelength=1.2)
 
 
-def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], clear_of: Sequence[Annotation] = ()) -> None:
-    """Write each label beside its point where it covers no other text or point and stays within the axes."""
+def label_points(
+    axes: Axes,
+    labels: Sequence[tuple[float, float, str]],
+    points: Sequence[tuple[float, float]],
+    clear_of: Sequence[Annotation] = (),
+) -> None:
+    """Write each label beside its point where it covers no point and no other text, and stays within the axes."""
     from matplotlib.transforms import Bbox
 
     figure: Any = axes.figure
@@ -114,13 +129,13 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], clear_o
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     taken = [text.get_window_extent(renderer) for text in clear_of]
-    for x, y, _ in points:
+    for x, y in points:
         cx, cy = axes.transData.transform((x, y))
         taken.append(Bbox.from_extents(cx - 5, cy - 5, cx + 5, cy + 5))
     lifts = (0, 10, -10, 20, -20, 30, -30, 42, -42, 54, -54)
     # Beside the point; where neither side has the room, above or below it.
     steps = [(side * 8, lift) for lift in lifts for side in (1, -1)] + [(0, lift) for lift in lifts[1:]]
-    for x, y, text in points:
+    for x, y, text in labels:
         label = axes.annotate(
             text, (x, y), (0, 0), textcoords="offset points", fontsize=8, va="center", bbox=HALO, zorder=5
         )
@@ -150,7 +165,7 @@ def _put(label: Annotation, step: tuple[int, int], frame: Any, renderer: Any) ->
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def digest(result: Mapping[str, Any]) -> str:
+def digest(result: Result) -> str:
     """``sha256:...`` of a result and of the way it is drawn."""
     data = json.dumps(result, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(f"{DRAWING}\n{data}".encode()).hexdigest()
@@ -162,7 +177,7 @@ def plot_digest(path: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def save(figure: Figure, path: Path, result: Mapping[str, Any]) -> Path:
+def save(figure: Figure, path: Path, result: Result) -> Path:
     """Write the plot whole or not at all, with the digest of ``result``; no date, so that equal plots are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -8,22 +8,21 @@ A function of a plot returns None where the result has nothing for it to show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvideo_kernels.errors import ValueOptionError
-
 from .drawing import (
-    BLUE,
     CLASS_COLOURS,
     DARK,
-    GREY,
-    HALO,
     INK,
+    MANY,
     RED,
     SERIES,
+    Result,
+    check_kind,
     digest,
     label_points,
     legend,
@@ -34,15 +33,14 @@ from .drawing import (
     title,
 )
 from .op_classes import CLASSES, GAPS, PHASES
-from .tables import baselines, identical, number, rate, ratio, short_dtype, versioned
+from .roofline import roofline
+from .tables import BASELINES, baselines, identical, number, ratio, short_dtype, versioned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["digest", "plot_digest", "roofline", "speed_psnr", "speedup_bars", "stacked_breakdown", "write_all"]
-
-Result = Mapping[str, Any]
 
 
 def write_all(result: Result, folder: Path, stem: str) -> list[Path]:
@@ -61,7 +59,7 @@ def write_all(result: Result, folder: Path, stem: str) -> list[Path]:
         "ops": {"speedup": speedup_bars, "roofline": roofline},
         "e2e": {"speedup": speedup_bars, "breakdown": stacked_breakdown, "speed-psnr": speed_psnr},
     }
-    _check_kind(result, *kinds)
+    check_kind(result, *kinds)
     written = []
     with styled():
         for name, draw in kinds[result["kind"]].items():
@@ -71,21 +69,20 @@ def write_all(result: Result, folder: Path, stem: str) -> list[Path]:
     return written
 
 
-def _check_kind(result: Result, *kinds: str) -> None:
-    if result.get("kind") not in kinds:
-        raise ValueOptionError(f"plots: `kind` must be {' or '.join(kinds)}; got {result.get('kind')!r}")
-
-
 # Speedup -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Bar:
-    """One bar: a ratio, or why there is none; ``series`` is its place in the legend."""
+    """One bar: a ratio (of several ``parts`` their geometric mean), or why there is none.
+
+    ``series`` is its place in the legend; ``note`` what else there is to say.
+    """
 
     series: int
     value: float | None
     note: str = ""
+    parts: tuple[float, ...] = ()
 
 
 _Groups = list[tuple[str, list[_Bar]]]
@@ -93,7 +90,7 @@ _Groups = list[tuple[str, list[_Bar]]]
 
 def speedup_bars(result: Result) -> Figure | None:
     """Ops: ratio to each baseline, an op a group. End to end: ratio to eager, a variant a group."""
-    _check_kind(result, "ops", "e2e")
+    check_kind(result, "ops", "e2e")
     with styled():
         return _op_speedups(result) if result["kind"] == "ops" else _variant_speedups(result)
 
@@ -103,20 +100,46 @@ def _op_speedups(result: Result) -> Figure | None:
     named = [name for name in baselines(rows) if any("ratio" in row.get("baselines", {}).get(name, {}) for row in rows)]
     several = len({row["dtype"] for row in rows}) > 1
     groups: _Groups = []
-    for row in rows:
-        label = f"{row['op']}  {row['shape']}" + (f"  {short_dtype(row['dtype'])}" if several else "")
-        if "error" in row:
-            groups.append((label, [_Bar(0, None, "wrong")]))
-            continue
-        found = [(i, row.get("baselines", {}).get(name, {})) for i, name in enumerate(named)]
-        bars = [_Bar(i, each.get("ratio"), "error") for i, each in found if {"ratio", "error"} & each.keys()]
+    for (op, *rest), members in _grouped(rows).items():
+        detail = rest or ([f"({len(members)} shapes)"] if len(members) > 1 else [members[0]["shape"]])
+        dtype = f"  {short_dtype(members[0]['dtype'])}" if several and rest else ""
+        bars = [bar for i, name in enumerate(named) if (bar := _against(i, name, members))]
+        wrong = sum("error" in row for row in members)
+        if wrong:
+            bars.append(_Bar(0, None, "wrong" if wrong == len(members) else f"{wrong} of {len(members)} wrong"))
         if bars:
-            groups.append((label, bars))
+            groups.append((f"{op}  {detail[0]}{dtype}", bars))
     if not named:
         return None
-    heading = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+    shown = named
+    if len(named) > 4:  # the legend has the rest
+        first = [name for name in named if name in BASELINES]
+        shown = [*first, f"{len(named) - len(first)} other kernels"]
+    heading = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
     series = [versioned(name, rows) for name in named]
-    return _bars(result, f"Speed against {heading}", "the baseline", groups, series)
+    against = "the baseline" + (": geometric mean over shapes, a dot a shape" if len(rows) > MANY else "")
+    return _bars(result, f"Speed against {heading}", against, groups, series)
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+    """Rows by what gets a line of its own: each row, or with many of them each op."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = (row["op"],) if len(rows) > MANY else (row["op"], row["shape"], row["dtype"])
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _against(series: int, name: str, rows: Sequence[Mapping[str, Any]]) -> _Bar | None:
+    """The bar of one baseline over ``rows``; None where it did not run."""
+    found = [row.get("baselines", {}).get(name, {}) for row in rows]
+    parts = tuple(each["ratio"] for each in found if each.get("ratio"))
+    failed = sum("error" in each for each in found)
+    if not parts:
+        return _Bar(series, None, "error") if failed else None
+    mean = math.exp(math.fsum(map(math.log, parts)) / len(parts))
+    note = f"{failed} of {len(rows)} failed" if failed else ""
+    return _Bar(series, mean, note, parts if len(parts) > 1 else ())
 
 
 def _variant_speedups(result: Result) -> Figure | None:
@@ -136,7 +159,7 @@ def _variant_speedups(result: Result) -> Figure | None:
 
 
 def _bars(result: Result, heading: str, against: str, groups: _Groups, series: Sequence[str]) -> Figure | None:
-    values = [bar.value for _, bars in groups for bar in bars if bar.value]
+    values = [value for _, bars in groups for bar in bars for value in (bar.value, *bar.parts) if value]
     if not values:
         return None
     # A ratio and its inverse are equally far from 1 on a log axis; few small ratios read more easily from zero.
@@ -152,14 +175,17 @@ def _bars(result: Result, heading: str, against: str, groups: _Groups, series: S
     title(figure, heading, result)
     for (_, bars), top in zip(groups, tops):
         for i, bar in enumerate(bars):
-            left = log and bar.value is not None and bar.value < 1
             if bar.value:
                 colour = SERIES[bar.series % len(SERIES)]
                 axes.barh(top + i, bar.value - base, left=base, height=0.86, color=colour)
+            if bar.parts:
+                axes.plot(bar.parts, [top + i] * len(bar.parts), "o", color=INK, markersize=2.2, zorder=4)
+            left = log and bar.value is not None and bar.value < 1
+            ends = [bar.value or base, *bar.parts]
             axes.annotate(
-                ratio(bar.value) if bar.value else bar.note, (bar.value or base, top + i), (-3 if left else 3, 0),
-                textcoords="offset points", va="center", ha="right" if left else "left", fontsize=7.5,
-                color=INK if bar.value else RED,
+                ", ".join(filter(None, (ratio(bar.value) if bar.value else "", bar.note))),
+                (min(ends) if left else max(ends), top + i), (-4 if left else 4, 0), textcoords="offset points",
+                va="center", ha="right" if left else "left", fontsize=7.5, color=RED if bar.note else INK,
             )  # fmt: skip
     axes.axvline(1.0, color=INK, linewidth=1.0, zorder=3)
     if log:
@@ -192,7 +218,7 @@ def _log_ratio_axis(axes: Axes, low: float, high: float) -> None:
 
 def stacked_breakdown(result: Result) -> Figure | None:
     """Seconds by class of op, a bar a variant: one denoising step, and the decoder."""
-    _check_kind(result, "e2e")
+    check_kind(result, "e2e")
     rows = [row for row in result["rows"] if row.get("breakdown")]
     phases = [phase for phase in PHASES if any(row["breakdown"].get(phase) for row in rows)]
     if not phases:
@@ -248,98 +274,12 @@ def _stack(axes: Axes, phase: str, rows: Sequence[Mapping[str, Any]], width: flo
     return used
 
 
-# Roofline ------------------------------------------------------------------------------------------------------------
-
-
-def roofline(result: Result) -> Figure | None:
-    """Achieved rates under this machine's own ceilings: FLOPs over intensity, and bytes for ops that only move them."""
-    _check_kind(result, "ops")
-    rows = [row for row in result["rows"] if "error" not in row]
-    moving = [row for row in rows if row["unit"] == "B/s"]
-    counting = [row for row in rows if row["unit"] == "FLOP/s" and row.get("bytes") and row.get("flops")]
-    heights = [2.9 + 0.1 * len(counting)] * bool(counting) + [0.75 + 0.23 * len(moving)] * bool(moving)
-    if not heights:
-        return None
-    with styled():
-        figure, parts = panels(0.7 + sum(heights), rows=len(heights), height_ratios=heights)
-        title(figure, "Achieved rate under the machine's measured ceilings", result)
-        if moving:
-            _memory_panel(parts[-1], moving, result["ceilings"]["copy"])
-        if counting:
-            _compute_panel(parts[0], counting, result["ceilings"])
-        return figure
-
-
-def _memory_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], ceiling: float) -> None:
-    """Ops without FLOPs to speak of: the only axis is bandwidth."""
-    scale, unit = (1e12, "TB/s") if ceiling >= 1e12 else (1e9, "GB/s")
-    for y, row in enumerate(rows):
-        achieved = row["rate"] / scale
-        axes.plot([0, achieved], [y, y], color=GREY, linewidth=1.2, zorder=2)
-        axes.plot(achieved, y, "o", color=BLUE, markersize=5, zorder=4)
-        axes.annotate(
-            f"{rate(row['rate'], 'B/s')}, {row['share_of_ceiling']:.0%}", (achieved, y), (7, 0),
-            textcoords="offset points", va="center", fontsize=7.5, bbox=HALO, zorder=5,
-        )  # fmt: skip
-    axes.axvline(ceiling / scale, color=RED, linewidth=1.2)
-    axes.annotate(
-        f"copy {rate(ceiling, 'B/s')}", (ceiling / scale, -0.9), (-4, 0), textcoords="offset points", ha="right",
-        va="center", color=RED, fontsize=8,
-    )  # fmt: skip
-    axes.set_xlim(0, max(ceiling, *(row["rate"] for row in rows)) / scale * 1.2)
-    axes.set_ylim(len(rows) - 0.4, -1.5)
-    axes.set_yticks(range(len(rows)), [f"{row['op']}  {row['shape']}" for row in rows], fontsize=8)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"{unit}, inputs and outputs counted once")
-    axes.grid(False, axis="y")
-
-
-def _compute_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> None:
-    copy, gemm = ceilings["copy"], ceilings["gemm"]
-    points = [(row["flops"] / row["bytes"], row["rate"], row) for row in rows]
-    ridge = gemm / copy
-    low, high = min(ridge, *(x for x, _, _ in points)) / 3, max(ridge, *(x for x, _, _ in points)) * 4
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(low, high)
-    axes.set_ylim(min(low * copy, *(y for _, y, _ in points)) / 1.6, max(gemm, *(y for _, y, _ in points)) * 2.4)
-    axes.plot([low, ridge, high], [low * copy, gemm, gemm], color=RED, linewidth=1.4, zorder=2)
-    style: dict[str, Any] = {"textcoords": "offset points", "color": RED, "fontsize": 8}
-    roof = [
-        axes.annotate(f"matrix product {rate(gemm, 'FLOP/s')}", (high, gemm), (-2, 5), ha="right", **style),
-        axes.annotate(f"copy {rate(copy, 'B/s')}", (low, low * copy), (10, 1), va="center", **style),
-    ]
-    ops = list(dict.fromkeys(row["op"] for _, _, row in points))
-    labels = []
-    for x, y, row in points:
-        axes.plot(x, y, "o", color=SERIES[ops.index(row["op"]) % len(SERIES)], markersize=6, zorder=4)
-        labels.append((x, y, f"{row['op']} {row['shape']}: {rate(y, 'FLOP/s')}"))
-    axes.set_xlabel("FLOP per byte of input and output")
-    _rate_ticks(axes)
-    label_points(axes, labels, clear_of=roof)
-
-
-def _rate_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    def achieved(value: float, _: Any) -> str:
-        scale, prefix = (1e12, "T") if value >= 1e12 else (1e9, "G")
-        return f"{value / scale:,g} {prefix}FLOP/s"
-
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(achieved))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
 # Speed and quality --------------------------------------------------------------------------------------------------
 
 
 def speed_psnr(result: Result) -> Figure | None:
     """Speed of the whole clip against the worst frame's PSNR to eager; what equals eager is at the top edge."""
-    _check_kind(result, "e2e")
+    check_kind(result, "e2e")
     rows = [row for row in result["rows"] if row.get("quality") and (row.get("ratio") or {}).get("total")]
     finite = {row["variant"]: value for row in rows if (value := _psnr(row)) is not None}
     rows = [row for row in rows if row["variant"] in finite or identical(row["quality"])]
@@ -366,7 +306,7 @@ def speed_psnr(result: Result) -> Figure | None:
         axes.set_yticks([*ticks, top], [*(f"{tick:g}" for tick in ticks), "identical"])
         axes.set_xlabel("whole clip, times as fast as eager")
         axes.set_ylabel("PSNR to eager, worst frame (dB)")
-        label_points(axes, labels)
+        label_points(axes, labels, [(x, y) for x, y, _ in labels])
         return figure
 
 

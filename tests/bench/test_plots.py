@@ -97,7 +97,7 @@ def test_the_roofline(drawn):
             assert f"{row['op']}  {row['shape']}" in found
             assert f"{rate(row['rate'], 'B/s')}, {row['share_of_ceiling']:.0%}" in found
         else:
-            assert f"{row['op']} {row['shape']}: {rate(row['rate'], 'FLOP/s')}" in found
+            assert f"{row['op']}  {row['shape']}: {rate(row['rate'], 'FLOP/s')}" in found
 
 
 def test_the_roof_is_where_both_ceilings_meet():
@@ -109,6 +109,43 @@ def test_the_roof_is_where_both_ceilings_meet():
     assert list(y[1:]) == [gemm, gemm]
     points = {tuple(float(v[0]) for v in line.get_data()) for line in axes.lines[1:]}
     assert points == {(row["flops"] / row["bytes"], row["rate"]) for row in result["rows"] if row.get("flops")}
+
+
+def many():
+    """Sixteen shapes of every op that works, of ratios 1/8 to 8, one wrong and one that a baseline failed at."""
+    result = sample_results.ops()
+    kept = [row for row in result["rows"] if "error" not in row and row["shape"] != "wan-14b-480p"]
+    result["rows"] = rows = []
+    for row in kept:
+        for i in range(16):
+            shape = {**row, "shape": f"shape-{i}", "rate": row["rate"] * (1 + i / 100)}
+            shape["baselines"] = {name: {**found} for name, found in row["baselines"].items()}
+            shape["baselines"]["eager"]["ratio"] = 2.0 ** (i % 4 * 2 - 3)
+            rows.append(shape)
+    rows[0] = {key: rows[0][key] for key in ("op", "shape", "dtype", "impl")} | {"error": "wrong"}
+    rows[16]["baselines"]["compile"] = {"error": "no"}
+    return result
+
+
+def test_many_rows_are_a_line_an_op(tmp_path):
+    """A card has dozens of shapes: the mean is written, every shape is a dot."""
+    result = many()
+    speedup, roof = (texts(path) for path in plots.write_all(result, tmp_path, "x"))
+    assert "rms_norm  (16 shapes)" in speedup and "1 of 16 wrong" in speedup and not any("shape-" in x for x in speedup)
+    assert "1.00" in speedup  # the geometric mean of 1/8, 1/2, 2 and 8
+    assert "0.82, 1 of 16 failed" in speedup
+    assert "causal_conv3d: 330 to 380 TFLOP/s" in roof and "2.10 to 2.42 TB/s, 70%" in roof
+    axes = plots.speedup_bars(result).axes[0]
+    dots = sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o")
+    assert dots == sum("ratio" in found for row in result["rows"] for found in row.get("baselines", {}).values())
+
+
+def test_many_baselines_are_named_in_the_legend(tmp_path):
+    result = sample_results.ops()
+    more = {f"peer-{i}": {"seconds": 1.0, "spread": 0.1, "ratio": 1.0 + i / 10} for i in range(6)}
+    result["rows"][4]["baselines"] |= more
+    found = texts(plots.write_all(result, tmp_path, "x")[0])
+    assert "Speed against eager, compile and 7 other kernels" in found and set(more) <= set(found)
 
 
 def test_rows_without_bytes_have_no_place_under_the_roof():
