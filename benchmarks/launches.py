@@ -193,6 +193,7 @@ class Compiler:
     def __init__(self, workers: int) -> None:
         self.workers = max(1, workers)
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self._futures: dict[Job, concurrent.futures.Future[Compiled]] = {}
 
     def __enter__(self) -> Compiler:
         return self
@@ -202,6 +203,7 @@ class Compiler:
 
     def stop(self) -> None:
         """End the processes; what was not begun is dropped."""
+        self._futures.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
@@ -210,13 +212,22 @@ class Compiler:
         context = multiprocessing.get_context("spawn")
         return concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
+    def ahead(self, jobs: Sequence[Job]) -> None:
+        """Begin with jobs that will be asked for: they compile while the device is timed."""
+        self._pool = self._pool or self._start(self.workers)
+        # A pool that has broken says so where results are asked for.
+        with contextlib.suppress(BrokenProcessPool):
+            for job in jobs:
+                if job not in self._futures:
+                    self._futures[job] = self._pool.submit(compile_job, job)
+
     def compile(self, jobs: Sequence[Job], until: float | None = None) -> dict[Job, Compiled]:
         """What came of each job; jobs that ``until`` (a `time.monotonic`) leaves no time for are missing."""
-        self._pool = self._pool or self._start(self.workers)
-        futures = {self._pool.submit(compile_job, job): job for job in jobs}
+        self.ahead(jobs)
+        futures = {self._futures.pop(job): job for job in dict.fromkeys(jobs) if job in self._futures}
         out: dict[Job, Compiled] = {}
+        broken = len(futures) < len(set(jobs))
         left = None if until is None else max(0.0, until - time.monotonic())
-        broken = False
         with contextlib.suppress(concurrent.futures.TimeoutError):
             for future in concurrent.futures.as_completed(futures, left):
                 try:
@@ -226,7 +237,7 @@ class Compiler:
         for future in futures:
             future.cancel()
         if broken:
-            # Some compiler died and its pool with it. Each of the others gets a process of its own to die in.
+            # Some compiler died and its pool with it. Each of these jobs gets a process of its own to die in.
             self.stop()
             for job in (job for job in jobs if job not in out):
                 if until is not None and time.monotonic() > until:

@@ -68,7 +68,7 @@ class Table:
         where["revision"] = where.get("revision") or "unknown"  # a copy without git: the rows' digests tell
         self.result: dict[str, Any] = {
             "schema": SCHEMA, "kind": "tuning", "provenance": where, "settings": settings, "ceilings": {},
-            "rows": [],
+            "rows": [], "crashed": [],
         }  # fmt: skip
         self.note: str | None = None
         try:
@@ -78,6 +78,7 @@ class Table:
                 self.note = f"{path.name}: was measured with another {', '.join(changed)}; its rows are not kept"
             else:
                 self.result["rows"] = [row for row in before["rows"] if row.keys() >= _COLUMNS and tuned.current(row)]
+                self.result["crashed"] = [row for row in before.get("crashed", []) if tuned.current(row)]
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,6 +94,19 @@ class Table:
             and [each["shape"] for each in row["measured"]] == shapes
             for row in self.result["rows"]
         )
+
+    def crashed(self, question: Question, config: Any, error: str) -> None:
+        """Note what took the process down, so that the next one leaves it out."""
+        row = tuned.as_row(question.family, question.key, config)
+        self.result["crashed"].append({**row, "digest": tuned.digest(question.op), "error": error})
+        write(self.path, self.result)
+
+    def excluded(self) -> list[tuple[str, tuned.Key, Any]]:
+        """Family, key and configuration of what took a process down."""
+        return [
+            (row["family"], tuple(sorted(row["key"].items())), tuned.families()[row["family"]].config(**row["config"]))
+            for row in self.result["crashed"]
+        ]
 
     def put(self, row: dict[str, Any]) -> None:
         """Replace the key's row and write the file."""
@@ -148,7 +162,7 @@ def tune(
         device: a CUDA device; a CPU needs ``dry``, Triton's interpreter and an ``out``.
         out: the table; None: the package's own for this card.
         budget_s: seconds after which no further key is started, and one in hand is given up; None: no end.
-        workers: processes that compile; None: one a core; 0 (CPU): nothing is compiled.
+        workers: processes that compile; None: one a core but one; 0 (CPU): nothing is compiled.
         rounds: timings of the last comparison.
         resume: keys finished with the present kernel, rule and compiler are not measured again.
         dry: two candidates a key.
@@ -167,7 +181,8 @@ def tune(
     if cpu and not interpreting():
         raise UnsupportedError("tune: a CPU interprets the kernels: set TRITON_INTERPRET=1 before Triton is imported")
     path = table_path(device, None if out is None else Path(out))
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    # One core is left to the process that launches: the next key's candidates compile while this one's are timed.
+    workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
     dtype = dtype or (torch.float16 if cpu else torch.bfloat16)
     until = None if budget_s is None else time.monotonic() + budget_s
     host = str(target_of(device))
@@ -184,7 +199,16 @@ def tune(
     compiler = Compiler(workers) if workers and todo else None
     try:
         search = Search(
-            device, "sm_90" if cpu else host, compiler, rounds, 2 if dry else None, until, timer, on_progress
+            device,
+            "sm_90" if cpu else host,
+            compiler,
+            rounds,
+            2 if dry else None,
+            until,
+            timer,
+            on_progress,
+            table.excluded(),
+            table.crashed,
         )
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(), on_device:
@@ -206,7 +230,7 @@ def _search(search: Search, todo: Sequence[Question], table: Table, summary: Sum
                 summary.wrong.append(f"{question.op}: {red[question.op]}")
                 search.say(f"{question}: NOT TUNED, the rule's own output is wrong: {red[question.op]}")
                 continue
-            row = search.answer(question)
+            row = search.answer(question, next(iter(todo[number + 1 :]), None))
         except OutOfTime:
             summary.left = [str(each) for each in todo[number:]]
             search.say(f"out of time with {len(summary.left)} of {len(todo)} keys left")
@@ -241,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16, fp16 on a CPU")
     parser.add_argument("--budget-seconds", type=float, help="start no key after so long")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workers", type=int, help="processes that compile; default: one a core")
+    parser.add_argument("--workers", type=int, help="processes that compile; default: one a core but one")
     parser.add_argument("--out", type=Path, help="default: this card's table among the package's configurations")
     parser.add_argument("--resume", action="store_true", help="skip keys that the table has for the present kernels")
     parser.add_argument("--dry", action="store_true", help="two candidates a key; on a CPU, tiny inputs")

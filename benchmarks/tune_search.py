@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyvideo_kernels.configs import forced_arch, forced_config, target_of, tuned
+from pyvideo_kernels.testing.conditions import poisoned
 
 from .backends import backend_for
 from .launches import Compiled, Compiler, Job, Launch
@@ -24,6 +25,8 @@ GAIN = 0.02
 _PASSES = ((8, 3), (3, 5))
 # At most so many in turns: each keeps its outputs alive.
 _TURNS = 8
+# What CUDA says when its context is lost.
+_FATAL = ("CUDA error", "illegal memory access", "unspecified launch failure", "misaligned address")
 Timer = Callable[..., Mapping[str, Timing]]
 Say = Callable[[str], None]
 
@@ -60,6 +63,8 @@ class Search:
         limit: at most so many candidates a key, the rule's included.
         until: a `time.monotonic`; None: no end.
         timer: `timing.interleaved`, or a test's.
+        excluded: family, key and configuration of what took a process down before.
+        on_crash: told what takes this one down, before the error goes on its way.
     """
 
     device: torch.device
@@ -70,6 +75,8 @@ class Search:
     until: float | None = None
     timer: Timer = interleaved
     say: Say = print
+    excluded: Sequence[tuple[str, tuned.Key, Any]] = ()
+    on_crash: Callable[[Question, Any, str], None] = lambda question, config, error: None
 
     def __post_init__(self) -> None:
         self.wrong: list[str] = []
@@ -90,12 +97,28 @@ class Search:
         self.check_time()
         if self.compiler is None or not configs:
             return {}
-        jobs = [Job(launch, self.arch, question.family, question.key, config) for launch in launches
-                for config in configs]  # fmt: skip
+        jobs = self.jobs(question, configs, launches)
         done = self.compiler.compile(jobs, self.until)
         if len(done) < len(jobs):
             raise OutOfTime
         return misfits(done)
+
+    def ahead(self, question: Question) -> None:
+        """Have the first jobs of a question compiled while another is being timed."""
+        if self.compiler is not None:
+            self.compiler.ahead(self.jobs(question, self.candidates(question), question.launches[:1]))
+
+    def candidates(self, question: Question) -> list[Any]:
+        """What is tried, the rule's answer first."""
+        family = tuned.families()[question.family]
+        rule, *others = family.candidates(self.host, **dict(question.key))[: self.limit]
+        return [rule, *(each for each in others if (question.family, question.key, each) not in self.excluded)]
+
+    def jobs(self, question: Question, configs: Sequence[Any], launches: Sequence[Launch]) -> list[Job]:
+        """What is compiled: every configuration at every launch."""
+        return [
+            Job(launch, self.arch, question.family, question.key, config) for launch in launches for config in configs
+        ]
 
     def call(self, question: Question, launch: Launch, config: Any) -> Callable[[Sequence[Any]], Any]:
         """A launch with ``config`` in place, and rules for everything else."""
@@ -115,14 +138,24 @@ class Search:
             expected = _poisoned(self.call(question, launch, configs[0]), args)
             for config in configs[1:]:
                 self.check_time()
-                if problem := self._problem(self.call(question, launch, config), args, expected):
+                try:
+                    problem = self._problem(self.call(question, launch, config), args, expected)
+                except RuntimeError as error:
+                    # Nothing that this process does from here on can be trusted.
+                    self.on_crash(question, config, f"{launch}: {_first_line(error)}")
+                    raise
+                if problem:
                     out[config] = problem
         if self.compiler is not None and self.device.type == "cuda":
             self.recompiled += len(compiled)
-        for config, reason in out.items():
+        self.report(launch, out)
+        return out
+
+    def report(self, launch: Launch, reasons: Mapping[Any, str]) -> None:
+        """Name what is dropped and why."""
+        for config, reason in reasons.items():
             self.wrong.append(f"{launch}: {config}: {reason}")
             self.say(f"  DROPPED {config}\n    {reason} ({launch})")
-        return out
 
     def _problem(
         self, call: Callable[[Sequence[Any]], Any], args: Sequence[Any], expected: Sequence[Tensor]
@@ -132,15 +165,15 @@ class Search:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except Exception as error:
-            text = (str(error).strip().splitlines() or [""])[0][:200]
-            if "CUDA error" in text or "illegal memory" in text:
-                raise  # nothing that this process does from here on can be trusted
-            return f"failed: {type(error).__name__}: {text}"
+            text = _first_line(error)
+            if isinstance(error, RuntimeError) and any(words in text for words in _FATAL):
+                raise
+            return f"failed: {type(error).__name__}: {text[:200]}"
         problem = difference(expected, found)
         return f"wrong: {problem}" if problem else None
 
     def time(self, question: Question, launch: Launch, configs: Sequence[Any], rounds: int) -> dict[Any, Timing]:
-        """Seconds of each configuration at a launch, all in turns with the first, the rule's."""
+        """Seconds of each configuration at a launch, all in turns with the first, the rule's; none of what fails."""
         args = launch.args(self.device)
         rule, *others = configs
         inputs, outputs = weight_of(args), weight_of(self.call(question, launch, rule)(args))
@@ -153,19 +186,23 @@ class Search:
             self.check_time()
             turns = [rule, *others[start : start + _TURNS - 1]]
             calls = {str(index): self.call(question, launch, config) for index, config in enumerate(turns)}
-            timings = self.timer(calls, sets, device=self.device, rounds=rounds)
+            failures: dict[str, Exception] = {}
+            timings = self.timer(calls, sets, device=self.device, rounds=rounds, failures=failures)
+            if "0" in failures:
+                raise failures["0"]
+            failed = {turns[int(name)]: f"failed: {type(e).__name__}: {_first_line(e)}" for name, e in failures.items()}
+            self.report(launch, failed)
             # Ratios to the rule of the same turns: the card may be slower in one group's than in another's.
             scale = out[rule].median / timings["0"].median if rule in out else 1.0
             for index, config in enumerate(turns):
-                if config not in out:
+                if config not in out and config not in failed:
                     t = timings[str(index)]
                     out[config] = Timing(t.median * scale, t.spread * scale, t.rounds, t.graph)
         return out
 
-    def answer(self, question: Question) -> dict[str, Any]:
-        """The table's row for a question."""
-        family, shape = tuned.families()[question.family], dict(question.key)
-        configs = family.candidates(self.host, **shape)[: self.limit]
+    def answer(self, question: Question, following: Question | None = None) -> dict[str, Any]:
+        """The table's row for a question; ``following`` compiles while this one is timed."""
+        configs = self.candidates(question)
         tried, dropped = len(configs), dict[str, int]()
         rule, smallest, rest = configs[0], question.launches[0], question.launches[1:]
 
@@ -175,15 +212,21 @@ class Search:
             configs[1:] = [config for config in configs[1:] if config not in reasons]
 
         drop(self.compile(question, configs, [smallest]))
+        if following is not None:
+            self.ahead(following)
         drop(self.agreeing(question, smallest, configs))
         for keep, rounds in _PASSES:
             if len(configs) - 1 > keep:
                 seconds = self.time(question, smallest, configs, rounds)
+                drop(_untimed(configs, seconds))
                 configs[1:] = sorted(configs[1:], key=lambda config: seconds[config].median)[:keep]
         drop(self.compile(question, configs, rest))
         for launch in rest:
             drop(self.agreeing(question, launch, configs))
-        table = {launch: self.time(question, launch, configs, self.rounds) for launch in question.launches}
+        table = {}
+        for launch in question.launches:
+            table[launch] = self.time(question, launch, configs, self.rounds)
+            drop(_untimed(configs, table[launch]))
         best = choose(rule, configs[1:], list(table.values()))
         measured = [
             {
@@ -207,6 +250,14 @@ class Search:
             "digest": tuned.digest(question.op),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
+
+
+def _untimed(configs: Sequence[Any], seconds: Mapping[Any, Timing]) -> dict[Any, str]:
+    return {config: "failed" for config in configs if config not in seconds}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def misfits(done: Mapping[Job, Compiled]) -> dict[Any, str]:
@@ -237,12 +288,8 @@ def _compilations() -> Iterator[list[str]]:
 
 def _poisoned(call: Callable[[Sequence[Any]], Any], args: Sequence[Any]) -> tuple[Tensor, ...]:
     """Outputs over memory filled with NaN: a fresh buffer may hold the very output that it is compared with."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with poisoned():
         return tuple(out for out in call(args) if isinstance(out, Tensor))
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:

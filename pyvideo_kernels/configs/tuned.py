@@ -102,7 +102,7 @@ class Family(Generic[C]):
         """The forced configuration, the tuned one of this card, or the rule's."""
         forced, asked = _forced.get(), _asked.get()
         if not forced and asked is None:
-            at = (str(arch), getattr(arch, "gpu", None), _folder.get(), *shape.items())
+            at = (arch, getattr(arch, "gpu", None), *shape.items())
             known = self._known.get(at)
             if known is None:
                 if len(self._known) >= _KNOWN_LIMIT:
@@ -170,12 +170,17 @@ def family(name: str, config: type[C], *, limit: int) -> Callable[[Callable[...,
     return functools.partial(Family, name, config, limit)
 
 
-def families() -> dict[str, Family[Any]]:
+def families() -> Mapping[str, Family[Any]]:
     """Every family, by name."""
+    _import_families()
+    return _FAMILIES
+
+
+@functools.cache
+def _import_families() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-    return dict(sorted(_FAMILIES.items()))
 
 
 # Candidates ------------------------------------------------------------------------------------------------------
@@ -244,11 +249,12 @@ def forced_config(family: str, config: Any, **where: Any) -> Iterator[None]:
         ValueOptionError: at once for an unknown family, or for another's configuration; in the launch for one that
             is illegal at its key.
     """
-    if family not in families():
-        raise ValueOptionError(f"forced_config: `family` must be one of {', '.join(families())}; got {family!r}")
-    if not isinstance(config, families()[family].config):
+    known = families()
+    if family not in known:
+        raise ValueOptionError(f"forced_config: `family` must be one of {', '.join(sorted(known))}; got {family!r}")
+    if not isinstance(config, known[family].config):
         raise ValueOptionError(
-            f"forced_config: `config` of {family} must be a {families()[family].config.__name__}; got {config!r}"
+            f"forced_config: `config` of {family} must be a {known[family].config.__name__}; got {config!r}"
         )
     token = _forced.set((*_forced.get(), Forced(family, config, tuple(where.items()))))
     try:

@@ -30,13 +30,16 @@ class Clock:
     def __init__(self, seconds):
         self.seconds, self.rounds = seconds, []
 
-    def __call__(self, calls, sets, *, device, rounds):
+    def __call__(self, calls, sets, *, device, rounds, failures):
         self.rounds.append((len(calls), rounds))
         out = {}
         for name, call in calls.items():
             with tuned.recording() as asked:
                 call(sets[0])
-            out[name] = Timing(self.seconds(asked[0].config), 0.001, rounds)
+            try:
+                out[name] = Timing(self.seconds(asked[0].config), 0.001, rounds)
+            except MemoryError as error:
+                failures[name] = error
         return out
 
 
@@ -212,6 +215,32 @@ def test_nothing_is_tuned_where_the_rule_itself_is_wrong(out, kernel):
     assert len(summary["wrong"]) == 1 and "rms_norm_silu" in summary["wrong"][0]
 
 
+def test_what_cannot_be_timed_is_dropped():
+    def seconds(config):
+        if config.rows == 4:
+            raise MemoryError("too large")
+        return 1.0
+
+    search = Search(CPU, "sm_90", None, timer=Clock(seconds), say=lambda line: None)
+    row = search.answer(question())
+    assert not row["tuned"] and row["dropped"]["failed"] == len(search.wrong) > 0
+    assert all("MemoryError: too large" in text for text in search.wrong)
+
+
+def test_what_takes_the_process_down_is_left_out_the_next_time(out, kernel):
+    def crash(launch, y):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    second = tuned.families()["rms_norm_silu"].candidates("cpu", **dict(question().key))[1]
+    kernel(lambda config: config == second, crash)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(out)
+    (crashed,) = json.loads(out.read_text())["crashed"]
+    assert crashed["config"] == dataclasses.asdict(second) and "illegal memory access" in crashed["error"]
+    assert len(run(out)["finished"]) == 1
+    assert len(json.loads(out.read_text())["crashed"]) == 1
+
+
 # The table -------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +364,7 @@ def compile_in_processes(folder):
     rule, other, *_ = tuned.families()[asked.family].candidates("sm_90", **dict(asked.key))
     jobs = [Job(good, "sm_90", asked.family, asked.key, other), Job(Deadly(), "sm_90", asked.family, asked.key, rule)]
     with launches.Compiler(1) as compiler:
+        compiler.ahead([jobs[0]])
         done = compiler.compile(jobs)
     print("misfits", [done[job].misfit("sm_90") for job in jobs], done[jobs[1]].error)
     args = good.args(CPU)
