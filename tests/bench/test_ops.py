@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from pyvideo_kernels import dispatch
-from pyvideo_kernels.benchmarks import agreement, baselines, ops_table, results
+from pyvideo_kernels.benchmarks import agreement, baselines, ops_row, ops_table, results
 from pyvideo_kernels.benchmarks import ops as bench
 from pyvideo_kernels.benchmarks.backends import CpuBackend
 from pyvideo_kernels.benchmarks.peers import Peer
@@ -62,7 +62,7 @@ def quick(monkeypatch):
 
 
 def runner(**options):
-    return bench.Runner(CPU, torch.float32, TOPS, **{"names": ("eager",), "rounds": 3, **options})
+    return ops_row.Runner(CPU, torch.float32, TOPS, **{"names": ("eager",), "rounds": 3, **options})
 
 
 def run_cli(*arguments):
@@ -82,7 +82,7 @@ def test_both_sides_compute_the_same(name, style):
     entry = ENTRIES[name]
     inputs = entry.inputs(**CASES[name, style], dtype=torch.float32, device=CPU)
     expected = entry.eager(**entry.stock(inputs))
-    torch.testing.assert_close(entry.ours(**bench.fresh(entry, inputs)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entry.ours(**ops_row.fresh(entry, inputs)), expected, rtol=1e-4, atol=1e-4)
 
 
 @every_case
@@ -90,7 +90,7 @@ def test_both_sides_compute_the_same(name, style):
 def test_the_bytes_are_those_of_the_tensors(name, style, dtype):
     entry, sizes = ENTRIES[name], CASES[name, style]
     inputs = entry.inputs(**sizes, dtype=dtype, device=CPU)
-    assert entry.bytes(**sizes, dtype=dtype) == moved_bytes(inputs, entry.ours(**bench.fresh(entry, inputs)))
+    assert entry.bytes(**sizes, dtype=dtype) == moved_bytes(inputs, entry.ours(**ops_row.fresh(entry, inputs)))
 
 
 def test_bytes_count_inputs_and_outputs_once():
@@ -146,7 +146,7 @@ def test_agreement_looks_past_the_first_chunk(monkeypatch):
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_every_entry_is_checked_and_measured(name):
     sizes = small(next(iter(ENTRIES[name].cpu.values())))
-    measured = bench.Runner(CPU, torch.bfloat16, TOPS, names=("eager",), rounds=1).row(ENTRIES[name], "tiny", sizes)
+    measured = ops_row.Runner(CPU, torch.bfloat16, TOPS, names=("eager",), rounds=1).row(ENTRIES[name], "tiny", sizes)
     assert "error" not in measured and measured["baselines"]["eager"]["ratio"] > 0
     assert {
         "op", "shape", "dtype", "impl", "seconds", "spread", "rounds", "graph", "bytes", "flops", "rate", "unit",
@@ -165,7 +165,7 @@ def off_by_one(op, impl):
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):
-    impl = bench.bound_impl(ENTRIES["rms_norm"], {"x": torch.ones(2, 8)})
+    impl = ops_row.bound_impl(ENTRIES["rms_norm"], {"x": torch.ones(2, 8)})
     monkeypatch.setitem(dispatch._functions, ("rms_norm", impl), off_by_one("rms_norm", impl))
     row = runner().row(ENTRIES["rms_norm"], "tiny", TINY)
     assert row["impl"] == impl and "rms_norm sample" in row["error"]
@@ -174,7 +174,7 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
 
 
 def test_a_kernel_that_is_wrong_only_at_size_gets_no_speed(monkeypatch):
-    impl = bench.bound_impl(ENTRIES["rms_norm"], {"x": torch.ones(2, 8)})
+    impl = ops_row.bound_impl(ENTRIES["rms_norm"], {"x": torch.ones(2, 8)})
     right = dispatch.load(OPS["rms_norm"], impl)
 
     def wrong(x, *rest):
@@ -249,11 +249,29 @@ def test_peers_are_timed_named_refused_and_skipped_aloud(monkeypatch):
     assert ops_table.notes([row]) == ["good: doubles"]
 
 
+def test_a_peer_that_breaks_outside_its_call_is_reported(monkeypatch):
+    eager = ENTRIES["rms_norm"].eager
+    prepared = []
+
+    def prepare_once(inputs):
+        prepared.append(1)
+        return inputs if len(prepared) == 1 else 1 / 0
+
+    found = {
+        "asked": Peer("asked", "1", None, lambda i: eager(**i), refuses=lambda i: 1 / 0),
+        "prepared": Peer("prepared", "1", None, lambda i: eager(**i), prepare=prepare_once),
+    }
+    monkeypatch.setattr(baselines, "peers_for", lambda *_: found)
+    row = runner(names=tuple(found)).row(ENTRIES["rms_norm"], "tiny", TINY)
+    expected = {"error": "ZeroDivisionError: division by zero"}
+    assert row["seconds"] > 0 and row["baselines"] == {"asked": expected, "prepared": expected}
+
+
 def test_an_op_in_place_leaves_the_inputs_of_the_check_alone():
     entry = ENTRIES["qk_norm_rope_"]
     inputs = entry.inputs(**TINY, dtype=torch.float32, device=CPU)
     kept = inputs["q"].clone()
-    copies = bench.fresh(entry, inputs)
+    copies = ops_row.fresh(entry, inputs)
     entry.ours(**copies)
     assert torch.equal(inputs["q"], kept) and copies["q"].stride() == inputs["q"].stride()
     assert not torch.equal(copies["q"], kept)
@@ -264,7 +282,7 @@ def test_a_row_is_judged_by_the_ceiling_it_would_hit():
         tops = {"copy": copy, "gemm": gemm}
         entry, sizes = ENTRIES["patch_embed3d"], small(ENTRIES["patch_embed3d"].cpu["wan-1.3b-256"])
         moved = entry.bytes(**sizes, dtype=torch.float32)
-        return bench.Runner(CPU, torch.float32, tops)._rate(entry, sizes, moved, 1e-3), entry.flops(**sizes), moved
+        return ops_row.Runner(CPU, torch.float32, tops)._rate(entry, sizes, moved, 1e-3), entry.flops(**sizes), moved
 
     row, flops, _ = rated(copy=1e12, gemm=1e3)
     assert row["unit"] == "FLOP/s" and row["share_of_ceiling"] == pytest.approx(flops / 1e-3 / 1e3)
@@ -336,8 +354,16 @@ def test_command_writes_json_and_lines(quick, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["result.json"]
 
 
+def test_a_result_that_cannot_be_written_is_refused_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ceilings", lambda *_: pytest.fail("it began to measure"))
+    (tmp_path / "file").touch()
+    for path, text in ((tmp_path, "must be a file"), (tmp_path / "file" / "r.json", "no such folder")):
+        done = run_cli("--json", str(path))
+        assert done.exit_code == 5 and text in done.stderr
+
+
 def test_command_ends_with_1_when_a_row_is_wrong(quick, monkeypatch, tmp_path):
-    impl = bench.bound_impl(ENTRIES["rms_norm"], {"x": torch.ones(2, 8)})
+    impl = ops_row.bound_impl(ENTRIES["rms_norm"], {"x": torch.ones(2, 8)})
     monkeypatch.setitem(dispatch._functions, ("rms_norm", impl), off_by_one("rms_norm", impl))
     out = tmp_path / "r.json"
     done = run_cli("--op", "rms_norm", "--op", "gate_residual", "--quick", "--json", str(out))
