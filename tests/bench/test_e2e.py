@@ -73,6 +73,46 @@ def test_a_clip_is_timed_phase_by_phase():
     assert alone.steps == [6] and alone.decode is None and alone.total == alone.denoise == 6.5
 
 
+def test_on_a_gpu_steps_are_marked_by_events_and_memory_is_beside_what_was_there(monkeypatch):
+    """The device is a stand-in: events that know when the stream reached them, and an allocator that is told."""
+    stream = {"now": 0.0, "allocated": 100, "peak": 100, "waits": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, on):
+            self.at = stream["now"]
+
+        def elapsed_time(self, end):
+            assert stream["waits"] == 2, "read before the device had reached it"
+            return (end.at - self.at) * 1e3
+
+    def wait(device):
+        stream["waits"] += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: stream["allocated"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: stream.update(peak=stream["allocated"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: stream["peak"])
+
+    def pipe(callback_on_step_end):
+        for _ in range(3):
+            stream.update(now=stream["now"] + 2, peak=130)
+            callback_on_step_end()
+            assert stream["waits"] == 1, "the host waited for a step"
+        return (torch.ones(1),)
+
+    def decode(pipe, latents):
+        stream.update(now=stream["now"] + 0.25, peak=170)
+        return latents
+
+    clip = run_clip(pipe, {}, decode, Clock(torch.device("cuda", 0)))
+    assert clip.steps == [2.0, 2.0] and clip.denoise == 6.0 and clip.decode == 0.25 and clip.peak == 70
+
+
 def test_seconds_are_medians_and_ratios_are_of_medians():
     slow = [Clip([2.0, 4.0], 10.0, 2.0, None), Clip([4.0, 4.0], 12.0, 2.0, None), Clip([4.0, 9.0], 99.0, 2.0, None)]
     fast = [Clip([1.0, 2.0], 6.0, 1.0, None)] * 3
