@@ -61,7 +61,7 @@ _CONV_OP = re.compile(
 # Host-device traffic, random numbers, linear solves, communication: not the model's arithmetic.
 _TRANSFER_OP = re.compile(
     r"aten::(item|_local_scalar_dense|is_nonzero|normal_|randn?|randn_like|rand_like|uniform_|bernoulli_|random_|"
-    r"randint|linalg_\w+|_linalg_\w+|sort|topk|nonzero|_fft_\w+)$|(c10d|_c10d_functional|nccl)::"
+    r"randint|_?linalg_(solve|lu|inv|cholesky|lstsq|qr|svd|eig)\w*|sort|topk|nonzero|_fft_\w+)$|(c10d|_c10d_functional|nccl)::"
 )
 # Allocation and views: they touch no data.
 _BOOKKEEPING_OP = re.compile(

@@ -254,7 +254,7 @@ def _e2e(result: Mapping[str, Any]) -> Table:
                 short_kernel(attention["self"][0]) if attention.get("self") else NOTHING,
                 psnr(quality),
                 _maybe((quality.get("ssim") or {}).get("min"), lambda value: f"{value:.4f}"),
-                _maybe(quality.get("float32_error"), lambda value: f"{value:.1e}"),
+                _maybe(quality.get("float32_error"), lambda value: f"{value:.1e}" if value else "0"),
             )
         )
         fallbacks = row.get("fallbacks")
