@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,54 @@ def test_decode_is_the_pipelines_own(family: str, built: dict[str, tuple[Any, mo
     own = denoise(pipe, clip, output_type="pt", **step)
     ours = models.decode(pipe, denoise(pipe, clip), clip)
     assert torch.equal(own.transpose(1, 2), ours * 0.5 + 0.5)
+
+
+VARIANTS = {
+    "a time for every token": ("wan", {"pipeline_options": {"expand_timesteps": True}}, {}, {}),
+    "embedded positions": ("cogvideox", {}, {"use_rotary_positional_embeddings": False}, {}),
+    "patches of two frames": ("cogvideox", {}, {"patch_size_t": 2, "patch_bias": False}, {}),
+    "a decoder that does not denoise": ("ltx", {}, {}, {"timestep_conditioning": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_families_decode_as_their_pipelines_do(variant: str) -> None:
+    family, changes, transformer, vae = VARIANTS[variant]
+    arch = models.architecture(TINY[family])
+    arch = replace(
+        arch,
+        transformer=models.Part(arch.transformer.kind, {**arch.transformer.config, **transformer}),
+        vae=models.Part(arch.vae.kind, {**arch.vae.config, **vae}),
+        **changes,
+    )
+    pipe = models.random_pipeline(arch, dtype=torch.float32, device="cpu")
+    latents = denoise(pipe, arch.clip())
+    video = models.decode(pipe, latents, arch.clip())
+    assert video.shape[2] == arch.defaults.frames and video.std() > 0.15
+    assert torch.equal(denoise(pipe, arch.clip(), output_type="pt").transpose(1, 2), video * 0.5 + 0.5)
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_pipelines_of_true_size_are_put_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "fill", lambda module, *_: module)  # parameters stay on the meta device
+    monkeypatch.setattr(models, "check_fits", lambda *_: None)
+    arch = models.architecture(name)
+    pipe = models.random_pipeline(arch, dtype=torch.bfloat16, device="cpu")
+    assert type(pipe).__name__ == arch.pipeline and type(pipe.scheduler).__name__ == arch.scheduler.kind
+    assert {key: pipe.scheduler.config[key] for key in arch.scheduler.config} == arch.scheduler.config
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == (torch.float32 if name.startswith("wan") else torch.bfloat16)
+    assert bool(getattr(pipe.config, "expand_timesteps", False)) == (name == "wan2.2-5b")
+    geometry = arch.family.geometry(arch)
+    if arch.family_name == "ltx":
+        factors = pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio
+    else:
+        factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+    assert factors == (geometry.spatial, geometry.temporal)
+    latents, text = models.initial_latents(pipe, arch.clip()), models.prompt_inputs(pipe, arch)
+    assert latents.numel() == arch.clip().tokens * math.prod(arch.clip().patch) * pipe.transformer.config.in_channels
+    assert text["prompt_embeds"].shape == (1, arch.text.tokens, arch.text.width)
+    assert arch.family.text_widths(arch.transformer.config) == (arch.text.width, arch.text.pooled_width)
 
 
 @pytest.mark.parametrize("family", TINY)
