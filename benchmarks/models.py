@@ -1,10 +1,15 @@
 """The models that clips are timed with: built with random weights or loaded, called without their text encoders.
 
-arch = architecture("wan2.1-1.3b")
-pipe = random_pipeline(arch, dtype=torch.bfloat16, device="cuda")
-clip = arch.clip(480, 832, 81)
-latents = pipe(**prompt_inputs(pipe, arch), latents=initial_latents(pipe, clip), **call_options(clip, steps=4))[0]
-video = decode(pipe, latents, clip)
+In short::
+
+    arch = architecture("wan2.1-1.3b")
+    pipe = random_pipeline(arch, dtype=torch.bfloat16, device="cuda")
+    clip = arch.clip(480, 832, 81)
+    inputs = prompt_inputs(pipe, arch) | call_options(clip, steps=4)
+    latents = pipe(**inputs, latents=initial_latents(pipe, clip))[0]
+    video = decode(pipe, latents, clip)
+
+What a model is stands in ``architecture.py``, how its pipeline is called in ``families.py``.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ _HARNESS = (
     "peer.py", "peers.py", "peers_attention.py", "peers_other.py", "peers_torch.py",
 )  # fmt: skip
 _TUNER = ("registry.py", "timing.py", "backends.py", "tune.py", "tune_search.py", "launches.py")
-_CLIPS = ("e2e.py", "models.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py")
+_CLIPS = (
+    "e2e.py", "session.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py",
+    "models.py", "architecture.py", "families.py", "random_weights.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
