@@ -21,7 +21,8 @@ from .registry import weight_of
 from .timing import Rotation, Timing, interleaved
 
 GAIN = 0.02
-# How many are left after each pass over the smallest shape, and its rounds; the last ones meet every shape.
+# How many are left after each pass over the smallest shape, and its rounds; the last ones meet every shape. A pass
+# that would not halve the field is left out.
 _PASSES = ((8, 3), (3, 5))
 # At most so many in turns: each keeps its outputs alive.
 _TURNS = 8
@@ -216,7 +217,7 @@ class Search:
             self.ahead(following)
         drop(self.agreeing(question, smallest, configs))
         for keep, rounds in _PASSES:
-            if len(configs) - 1 > keep:
+            if len(configs) - 1 >= 2 * keep:
                 seconds = self.time(question, smallest, configs, rounds)
                 drop(_untimed(configs, seconds))
                 configs[1:] = sorted(configs[1:], key=lambda config: seconds[config].median)[:keep]
