@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .drawing import BLUE, GREY, HALO, MANY, RED, SERIES, Result, check_kind, label_points, panels, styled, title
-from .tables import rate
+from .tables import rate, short_dtype
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,21 +80,38 @@ def _memory_panel(axes: Axes, lines: Lines, ceiling: float) -> None:
     axes.grid(False, axis="y")
 
 
-def _compute_panel(axes: Axes, lines: Lines, ceilings: Mapping[str, float]) -> None:
-    copy, gemm = ceilings["copy"], ceilings["gemm"]
+def _products(lines: Lines, ceilings: Mapping[str, Any]) -> dict[str, float]:
+    """The matrix products that rows are held to, by name: the run's own, and others (TF32 for convolutions)."""
+    shares = [row["rate"] / row["share_of_ceiling"] for rows in lines.values() for row in rows]
+    others = {
+        short_dtype(name): value
+        for name, value in ceilings.get("gemms", {}).items()
+        if value != ceilings["gemm"] and any(math.isclose(value, each, rel_tol=1e-6) for each in shares)
+    }
+    return {"": ceilings["gemm"], **others}
+
+
+def _compute_panel(axes: Axes, lines: Lines, ceilings: Mapping[str, Any]) -> None:
+    copy, products = ceilings["copy"], _products(lines, ceilings)
     points = [(row["flops"] / row["bytes"], row["rate"]) for members in lines.values() for row in members]
-    ridge = gemm / copy
-    low, high = min(ridge, *(x for x, _ in points)) / 3, max(ridge, *(x for x, _ in points)) * 4
+    gemm = max(products.values())
+    ridges = [value / copy for value in products.values()]
+    low, high = min(*ridges, *(x for x, _ in points)) / 3, max(*ridges, *(x for x, _ in points)) * 4
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
     axes.set_ylim(min(low * copy, *(y for _, y in points)) / 1.6, max(gemm, *(y for _, y in points)) * 2.4)
-    axes.plot([low, ridge, high], [low * copy, gemm, gemm], color=RED, linewidth=1.4, zorder=2)
     style: dict[str, Any] = {"textcoords": "offset points", "color": RED, "fontsize": 8}
-    roof = [
-        axes.annotate(f"matrix product {rate(gemm, 'FLOP/s')}", (high, gemm), (-2, 5), ha="right", **style),
-        axes.annotate(f"copy {rate(copy, 'B/s')}", (low, low * copy), (10, 1), va="center", **style),
-    ]
+    roof = [axes.annotate(f"copy {rate(copy, 'B/s')}", (low, low * copy), (10, 1), va="center", **style)]
+    for name, value in products.items():
+        axes.plot(
+            [low, value / copy, high], [low * copy, value, value], "--" if name else "-", color=RED, linewidth=1.4,
+            zorder=2,
+        )  # fmt: skip
+        text = f"matrix product{name and f', {name}'} {rate(value, 'FLOP/s')}"
+        # At opposite ends: the lines may be close.
+        at, off, side = ((value / copy, value), (6, 5), "left") if name else ((high, value), (-2, 5), "right")
+        roof.append(axes.annotate(text, at, off, ha=side, **style))
     ops = list(dict.fromkeys(members[0]["op"] for members in lines.values()))
     many = any(len(members) > 1 for members in lines.values())
     labels = []

@@ -111,6 +111,17 @@ def test_the_roof_is_where_both_ceilings_meet():
     assert points == {(row["flops"] / row["bytes"], row["rate"]) for row in result["rows"] if row.get("flops")}
 
 
+def test_a_row_held_to_another_product_has_its_own_roof(tmp_path):
+    """Convolutions in fp32 run in TF32."""
+    result = sample_results.ops()
+    result["ceilings"]["gemms"] = {"float32": 7.9e14, "float32 (TF32)": 9.0e14, "float8_e4m3fn": 1.5e15}
+    conv = result["rows"][5]
+    conv["share_of_ceiling"] = conv["rate"] / 9.0e14
+    found = texts(plots.write_all(result, tmp_path, "x")[1])
+    assert {"matrix product 790 TFLOP/s", "matrix product, float32 (TF32) 900 TFLOP/s"} <= set(found)
+    assert not any("float8" in text for text in found)
+
+
 def many():
     """Sixteen shapes of every op that works, of ratios 1/8 to 8, one wrong and one that a baseline failed at."""
     result = sample_results.ops()
