@@ -123,6 +123,21 @@ class Campaign:
         if self.pack is not None:
             pack(self.pack, self.state.out)
 
+    def report(self) -> None:
+        """The results so far as one page with plots, in the time that is left."""
+        if not any(self.state.out.glob("*-*.json")) or self.left <= 0:
+            return
+        process = Process(self.device, {})
+        request = {"run": f"{slices.RUNS}:report", "out": str(self.state.out.resolve()), "dry": self.state.dry,
+                   "parameters": {}, "seconds": self.left}  # fmt: skip
+        try:
+            answer = process.run(request, self.left)
+        finally:
+            process.close()
+        say(f"report: {answer.summary}")
+        if self.pack is not None:
+            pack(self.pack, self.state.out)
+
     def _process_for(self, each: Slice) -> Process:
         """A worker: the last one where it may be shared, else a new one.
 
@@ -211,6 +226,7 @@ def _main(options: argparse.Namespace) -> int:
     with _signals():
         try:
             campaign.run()
+            campaign.report()
         except KeyboardInterrupt:
             ended = Exit.INTERRUPTED
             say("interrupted; everything finished is kept")

@@ -19,7 +19,7 @@ import pyvideo_kernels.benchmarks.plots as plots
 import pyvideo_kernels.benchmarks.results as results
 import pyvideo_kernels.benchmarks.tables as tables
 from pyvideo_kernels.configs import tuned
-from pyvideo_kernels.error_types import PyVideoError, ValueOptionError
+from pyvideo_kernels.error_types import PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,32 +44,39 @@ _SAME = ("device", "gpu", "driver", "cpu", "threads", "torch", "triton")
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Every result below ``folder``, files of one machine and kind merged, GPUs first.
+    """Every result below ``folder``; see `merged`."""
+    return merged(path for path in sorted(folder.rglob("*.json")) if path.name != STATE)
 
+
+def merged(paths: Iterable[Path], *, dry: bool = False) -> list[dict[str, Any]]:
+    """The results of kind ops and e2e in these files, those of one machine, kind and dtype as one, GPUs first.
+
+    Args:
+        dry: take dry results and no others (for the report of a dry campaign).
     Raises:
         ValueOptionError: a file is not a result, does not name its machine, is dry, or is unfinished.
     """
-    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*.json")):
-        if path.name == STATE:
-            continue
-        result = read(path)
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in paths:
+        result = read(path, dry=dry)
         if result["kind"] == "ops":
             where = result["provenance"]
             dtype = str(result["settings"]["dtype"]).removeprefix("torch.")
             key: tuple[Any, ...] = ("ops", tuple(where.get(name) for name in _SAME), dtype)
-            merged[key] = _merge(merged[key], result, path) if key in merged else result
+            found[key] = _merge(found[key], result, path) if key in found else result
         elif result["kind"] == "e2e":
-            merged["e2e", str(path)] = result
-    return sorted(merged.values(), key=lambda r: (r["provenance"]["device"] != "cuda", tables.machine(r)))
+            found["e2e", str(path)] = result
+    return sorted(found.values(), key=lambda r: (r["provenance"]["device"] != "cuda", tables.machine(r)))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, dry: bool = False) -> dict[str, Any]:
     """A result that may be shown."""
     result = results.read(path)
-    for mark in ("dry", "incomplete", "interrupted"):
-        if result.get(mark):
+    for mark, accepted in (("dry", dry), ("incomplete", False), ("interrupted", False)):
+        if bool(result.get(mark)) and not accepted:
             raise ValueOptionError(f"{path}: is of a{'n' * (mark != 'dry')} {mark} run, which no table takes")
+    if dry and not result.get("dry"):
+        raise ValueOptionError(f"{path}: is of a real run among dry ones")
     return result
 
 
@@ -95,8 +102,7 @@ def _row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def stem(result: Mapping[str, Any]) -> str:
     """Start of the names of a result's plots."""
-    where, settings = result["provenance"], result["settings"]
-    name = tuned.slug(where["gpu"] if where["device"] == "cuda" else f"cpu {where['cpu']} {where['threads']} threads")
+    name, settings = tuned.slug(tables.machine(result)), result["settings"]
     if result["kind"] == "ops":
         return f"{name}-ops-{tables.short_dtype(result['rows'][0]['dtype'])}"
     size = "x".join(str(settings[side]) for side in ("height", "width", "frames"))
@@ -125,16 +131,50 @@ def render(folder: Path | None = None, drawn: Path | None = None, tables_in: Pat
         chosen = [r for r in found if r["kind"] == kind and r["provenance"]["device"] == device]
         if chosen or nothing:
             parts.append(f"## {title}\n")
-            parts += [_section(result, drawn) for result in chosen] or [f"{nothing}\n"]
+            parts += [section(result, drawn) for result in chosen] or [f"{nothing}\n"]
     parts += _tuning(tables_in or tuned.FOLDER)
     return "\n".join(parts)
 
 
-def _section(result: Mapping[str, Any], drawn: Path) -> str:
+def report(paths: Iterable[Path], into: Path, title: str, *, dry: bool = False) -> list[Path]:
+    """These results as a page, ``into/numbers.md``, and plots in ``into/plots/``; returns what was written.
+
+    Without matplotlib the page has no plots, and says so.
+
+    Args:
+        dry: they are of a dry campaign.
+    """
+    found, drawn = merged(paths, dry=dry), into / "plots"
+    into.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}\n"]
+    pictures: list[Path] = []
+    try:
+        pictures = draw(found, drawn)
+    except UnsupportedError as error:
+        parts.append(f"{error}\n")
+    parts += [section(result, drawn) for result in found]
+    return [write_text(into / "numbers.md", "\n".join(parts)), *pictures]
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def section(result: Mapping[str, Any], drawn: Path) -> str:
+    """A result as a part of a page that lies beside ``plots/``."""
     title = tables.machine(result)
     title += f": {tables.clip(result['settings'])}" if result["kind"] == "e2e" else f", {_dtypes(result['rows'])}"
     pictures = "".join(f"![{alt}](plots/{path.name})\n\n" for alt, path in _pictures(result, drawn))
-    return f"### {title}\n\n{_where(result)}\n\n{tables.markdown(result)}\n{pictures}".rstrip("\n") + "\n"
+    said = "".join(f"- {sentence}\n" for sentence in result.get("statements", ()))
+    parts = (f"### {title}", _where(result), tables.markdown(result), said, pictures)
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
 def _dtypes(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -259,7 +299,7 @@ def draw(found: Iterable[Mapping[str, Any]], drawn: Path) -> list[Path]:
         current = [path for _, path in _pictures(result, drawn)]
         kept += current or plots.write_all(result, drawn, stem(result))
     for path in drawn.glob("*.svg"):
-        if path not in kept:
+        if path not in kept and plots.plot_digest(path):  # what somebody else put there stays
             path.unlink()
     return kept
 
@@ -296,9 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return Exit.FAILED if differs else Exit.OK
         draw(load(ROOT / "benchmarks" / "results"), ROOT / "docs" / "plots")
         for path, text in texts().items():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text(text)
-            os.replace(temporary, path)
+            write_text(path, text)
     except PyVideoError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(exit_code(error) or Exit.FAILED)

@@ -162,6 +162,16 @@ def e2e(job: Job) -> Outcome:
     return Outcome(text, len(wrong))
 
 
+def report(job: Job) -> Outcome:
+    """The results so far as a page and plots where git ignores them; ``job.out`` is the folder of the results."""
+    from . import numbers
+
+    into = job.out / "report" if job.dry else numbers.ROOT / "runs" / "campaign" / job.out.name
+    found = (path for path in sorted(job.out.glob("*.json")) if path.name != numbers.STATE)
+    paths = numbers.report(found, into, f"Campaign: {job.out.name}", dry=job.dry)
+    return Outcome(f"{paths[0]} and {len(paths) - 1} plots")
+
+
 # Dry runs ----------------------------------------------------------------------------------------------------------
 
 _TINY = {

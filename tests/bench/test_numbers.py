@@ -90,7 +90,8 @@ def test_make_numbers_writes_all_of_it_and_drops_old_plots(tmp_path, monkeypatch
     pytest.importorskip("matplotlib", reason="pip install pyvideo-kernels[bench]")
     put(tmp_path, "benchmarks/results/a-card/ops-rms_norm.json", ops_result())
     put(tmp_path, "benchmarks/results/a-card/campaign.json", {"slices": {}})
-    put(tmp_path, "docs/plots/old.svg", "gone")
+    old = plots.write_all(ops_result(op_row("gone")), tmp_path / "docs" / "plots", "old")
+    assert len(old) == 2
     (tmp_path / "README.md").write_text(f"# A\n{numbers.BEGIN}\nold\n{numbers.END}\nrest\n")
     monkeypatch.setattr(numbers, "ROOT", tmp_path)
     assert numbers.main([]) == 0 and numbers.stale() == []
@@ -158,6 +159,22 @@ def test_files_of_one_machine_are_one_table(tmp_path):
     put(tmp_path, "card/again.json", ops_result(op_row("a")))
     with pytest.raises(ValueOptionError, match="a wan-14b-480p bfloat16 triton is in another file"):
         numbers.load(tmp_path)
+
+
+def test_a_report_is_of_the_files_given_and_nothing_else(tmp_path, monkeypatch):
+    paths = [put(tmp_path, "ops.json", ops_result()), put(tmp_path, "clip.json", clip_result())]
+    put(tmp_path, "another.json", {"not": "a result"})
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "mine.svg").write_text("<svg/>")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    (page,) = numbers.report(paths, tmp_path, "A title")
+    text = page.read_text()
+    assert text.startswith("# A title\n\nplots need matplotlib") and "rms_norm" in text and "| ours |" in text
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="pip install pyvideo-kernels[bench]")
+    written = numbers.report(paths, tmp_path, "A title")
+    assert all(path.exists() for path in written) and f"](plots/{written[1].name})" in page.read_text()
+    assert (tmp_path / "plots" / "mine.svg").exists()
 
 
 def test_tuned_configurations_are_listed(tmp_path):
