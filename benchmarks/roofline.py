@@ -101,7 +101,7 @@ def _compute_panel(axes: Axes, lines: Lines, ceilings: Mapping[str, Any]) -> Non
     axes.set_yscale("log")
     axes.set_xlim(low, high)
     axes.set_ylim(min(low * copy, *(y for _, y in points)) / 1.6, max(gemm, *(y for _, y in points)) * 2.4)
-    style: dict[str, Any] = {"textcoords": "offset points", "color": RED, "fontsize": 8}
+    style: dict[str, Any] = {"textcoords": "offset points", "color": RED, "fontsize": 8, "bbox": HALO, "zorder": 3}
     roof = [axes.annotate(f"copy {rate(copy, 'B/s')}", (low, low * copy), (10, 1), va="center", **style)]
     for name, value in products.items():
         axes.plot(
@@ -117,10 +117,10 @@ def _compute_panel(axes: Axes, lines: Lines, ceilings: Mapping[str, Any]) -> Non
     labels = []
     for label, members in lines.items():
         colour = SERIES[ops.index(members[0]["op"]) % len(SERIES)]
-        at = [(row["flops"] / row["bytes"], row["rate"]) for row in members]
+        own = [(row["flops"] / row["bytes"], row["rate"]) for row in members]
         text = f"{label}: {_range(members, 'rate', lambda value: rate(value, 'FLOP/s'))}"
-        axes.plot(*zip(*at), "o", color=colour, markersize=6, zorder=4, label=text if many else None)
-        labels.append((*at[-1], text))
+        axes.plot(*zip(*own), "o", color=colour, markersize=6, zorder=4, label=text if many else None)
+        labels.append((*own[-1], text))
     axes.set_xlabel("FLOP per byte of input and output")
     _rate_ticks(axes)
     if many:
