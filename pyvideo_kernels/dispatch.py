@@ -40,7 +40,7 @@ _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 # Re-entrant: a kernel under check may call another op.
 _lock = threading.RLock()
 _recorder: Recorder | None = None
-_warned: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 
 
 def arch_of(device: torch.device) -> str:
@@ -327,6 +327,6 @@ def forget() -> None:
 
 
 def warn_once(op: str, impl: str, message: str) -> None:
-    if (op, impl) not in _warned:
-        _warned.add((op, impl))
+    if (op, impl, message) not in _warned:
+        _warned.add((op, impl, message))
         warnings.warn(message, RuntimeWarning, stacklevel=3)

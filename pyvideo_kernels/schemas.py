@@ -9,6 +9,7 @@ registers the ops under ``torch.ops.pyvideo``; it imports torch alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class Op:
     # The argument ``[B, S, heads, head_dim]`` of an op whose kernels are compiled for one head_dim; None: no such op.
     heads: str | None = None
 
-    @property
+    @functools.cached_property
     def arguments(self) -> tuple[str, ...]:
         """Argument names in schema order, ``impl`` included."""
         inner = self.schema[1 : self.schema.index(")", self.schema.rindex("str impl"))]

@@ -274,7 +274,10 @@ _VERIFY_EXITS = (
 
 @app.command(epilog=_VERIFY_EXITS)
 def verify(
-    model: Annotated[str, typer.Option(help="tiny, a diffusers directory, or a hub id (see pyvideo models).")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="tiny, a diffusers directory, a hub id, or with --random-weights a known architecture.")
+    ] = "tiny",
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="True size, no download.")] = False,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
     attention: Annotated[str | None, typer.Option(help="dense checks ours; default: the model's own runs.")] = None,
@@ -285,21 +288,23 @@ def verify(
 
     What passes is what `auto` trusts from then on.
     """
-    finish(lambda: _verify(model, device, dtype, attention, json, Reporter() if quiet else reporter_for()))
+    reporter = Reporter() if quiet else reporter_for()
+    options: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "attention": attention}
+    finish(lambda: _verify(Settings(prompt="verify", **options).check(), random_weights, json, reporter))
 
 
-def _verify(model: str, device: str, dtype: str, attention: str | None, json: Path | None, reporter: Reporter) -> None:
-    settings = Settings(prompt="verify", model=model, device=device, dtype=dtype, attention=attention).check()
+def _verify(settings: Settings, random_weights: bool, json: Path | None, reporter: Reporter) -> None:
     if json is not None:
         from .stats import check_stats
 
         check_stats(json)
     from .models import resolve
 
-    resolve(model, reporter.note)  # what is wrong with the name is said before torch is imported
-    from .verify import command
+    if not random_weights:
+        resolve(settings.model, reporter.note)  # what is wrong with the name is said before torch is imported
+    from .verify_command import command
 
-    if not command(settings, json, reporter):
+    if not command(settings, json, reporter, random_weights=random_weights):
         raise typer.Exit(Exit.FAILED)
 
 

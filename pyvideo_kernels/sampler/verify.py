@@ -1,4 +1,4 @@
-"""``pyvideo verify``: every op that a model calls, judged on its real inputs, and a clip eager against accelerated."""
+"""What ``pyvideo verify`` does: each op a model calls, on its real inputs, and a clip eager against accelerated."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..error_types import UsageError
 from ..verify import Row, verify_calls
 from .kernels import is_accelerated, op_names
 from .loading import memory_remedy
-from .loop import decode, denoise, encode_text, prepare_latents
+from .loop import Conditions, decode, denoise, encode_text, prepare_latents
 from .modeldir import Model
-from .plan import Plan
+from .plan import TEXT_TOKENS, Plan
 from .progress import Reporter
 from .run import Sampler
 from .settings import Settings
@@ -210,7 +210,7 @@ def _verify(sampler: Sampler, film: Settings, plan: Plan) -> Verification:
         found.seconds[name] = time.perf_counter() - started
         reporter.note(f"{name}: {found.seconds[name]:.1f} s")
 
-    text = encode_text(pipe, film.prompt, film.negative, plan.guided, sampler.device)
+    text = _conditions(pipe, film, plan, sampler.device)
     with timed("accelerated clip"), dispatch.recording() as recorder:
         ours = _sample(sampler, film, plan, text, eager=False)
     if sampler.report is not None:
@@ -226,6 +226,19 @@ def _verify(sampler: Sampler, film: Settings, plan: Plan) -> Verification:
     with timed("op checks"), torch.no_grad():
         found.rows = verify_calls(recorder.calls)
     return found
+
+
+def _conditions(pipe: Any, film: Settings, plan: Plan, device: torch.device) -> Conditions:
+    """The prompt as the transformer takes it; random for a pipeline without a text encoder."""
+    if pipe.text_encoder is not None:
+        return encode_text(pipe, film.prompt, film.negative, plan.guided, device)
+    transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    generator = torch.Generator().manual_seed(film.seed)
+    cond, uncond = (
+        torch.randn(1, TEXT_TOKENS, transformer.config.text_dim, generator=generator).to(device, transformer.dtype)
+        for _ in range(2)
+    )
+    return Conditions(cond, uncond if plan.guided else None)
 
 
 def _sample(sampler: Sampler, film: Settings, plan: Plan, text: Any, *, eager: bool) -> dict[str, Tensor]:
@@ -280,80 +293,3 @@ def _compare(stage: str, ours: Tensor, eager: Tensor, truth: Tensor, dtype: torc
         float((low - true).abs().max()) / largest, math.inf if difference == 0 else 20 * math.log10(peak / difference),
         problem,
     )  # fmt: skip
-
-
-# The command ----------------------------------------------------------------------------------------------------
-
-
-def command(settings: Settings, json_file: Path | None, reporter: Reporter) -> bool:
-    """Verify, print the tables, write the result; whether everything holds."""
-    from rich.console import Console
-
-    found = verify(settings, reporter=reporter)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(op_table(found.rows))
-    console.print(clip_table(found))
-    for op, reasons in found.fallbacks.items():
-        for reason, count in reasons.items():
-            reporter.note(f"{op}: {count} calls went to diffusers' own code: {reason}")
-    if json_file is not None:
-        write(json_file, found, settings)
-    for problem in found.problems():
-        console.print(f"FAILED {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-    return found.ok
-
-
-def op_table(rows: list[Row]) -> Any:
-    """A line per check."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("op", "impl", "dtype", "check", "inputs", "calls", "verdict", title="ops", title_justify="left")
-    state = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[dim]refuses[/]"}
-    for row in rows:
-        dtype = row.dtype if row.head_dim is None else f"{row.dtype}, head_dim {row.head_dim}"
-        why = f": {escape(row.error)}" if row.error else ""
-        table.add_row(row.op, row.impl, dtype, row.check, escape(row.what), str(row.calls or ""), state[row.ok] + why)
-    return table
-
-
-def clip_table(found: Verification) -> Any:
-    """A line per stage of the clip."""
-    from rich.table import Table
-
-    table = Table(
-        "stage", "error", "eager's", "largest", "eager's", "PSNR to eager", "verdict", title_justify="left",
-        title=f"clip {found.plan.width}×{found.plan.height}×{found.plan.frames}, {found.plan.steps} steps, "
-        "against a run in higher precision",
-    )  # fmt: skip
-    for clip in found.clips:
-        table.add_row(
-            clip.stage, f"{clip.error:.2e}", f"{clip.eager_error:.2e}", f"{clip.worst:.2e}", f"{clip.eager_worst:.2e}",
-            f"{clip.psnr:.1f} dB", "[red]FAILED[/]" if clip.problem else "[green]ok[/]",
-        )  # fmt: skip
-    return table
-
-
-def write(path: Path, found: Verification, settings: Settings) -> Path:
-    """The result file, of kind ``correctness``."""
-    from ..benchmarks import results
-
-    def number(value: Any) -> Any:
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    clips = [{key: number(value) for key, value in dataclasses.asdict(clip).items()} for clip in found.clips]
-    return results.write(path, {
-        "schema": results.SCHEMA,
-        "kind": "correctness",
-        "provenance": results.provenance(found.device),
-        "settings": {"model": found.plan.model, "plan": found.plan.as_dict(), "attention": settings.attention,
-                     "dtype": str(found.dtype).removeprefix("torch.")},
-        "ceilings": {},
-        "ok": found.ok,
-        "rows": [row.as_dict() for row in found.rows],
-        "clip": clips,
-        "fallbacks": found.fallbacks,
-        "seconds": {name: round(value, 3) for name, value in found.seconds.items()},
-    })  # fmt: skip

@@ -146,9 +146,24 @@ def test_mistakes_have_their_sentences_and_codes(model_dir: Path, tmp_path: Path
         (["--device", "tpu"], 2, "--device"),
         (["--model", str(model_dir), "--attention", "sparse"], 2, "--attention must be one of dense"),
         (["--json", str(tmp_path)], 5, "folder"),
+        (["--model", "ltx", "--random-weights"], 3, "LTXPipeline"),
+        (["--model", "wan2.1", "--random-weights"], 3, "did you mean"),
     ):
         result = run(*arguments)
         assert result.exit_code == code and message in result.output, (arguments, result.output)
+
+
+def test_a_model_of_random_weights_is_verified_without_a_text_encoder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "clip_settings", small)
+    out = tmp_path / "verify.json"
+    arguments = ("--random-weights", "--dtype", "bf16", "--attention", "dense", "--json", str(out), "--quiet")
+    result = run("--model", "tiny-random-wan", *arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["settings"]["model"] == "tiny-random-wan" and found["settings"]["weights"] == "random"
+    assert "bfloat16" in {row["dtype"] for row in found["rows"] if row["op"] == "spacetime_attention"}
 
 
 # Precision ------------------------------------------------------------------------------------------------------
