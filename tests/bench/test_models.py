@@ -86,6 +86,24 @@ def test_parameters_are_those_published(name: str) -> None:
         assert known == set(part.config)
 
 
+@pytest.mark.parametrize("name", BIG)
+def test_the_page_says_the_same(name: str) -> None:
+    arch, page = models.architecture(name), Path(__file__).parents[2] / "docs" / "benchmarks.md"
+    (row,) = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
+    vae_dtype = torch.float32 if arch.vae_dtype == "float32" else torch.bfloat16
+    size = weight_bytes({"": skeleton(arch.transformer, torch.bfloat16), "vae": skeleton(arch.vae, vae_dtype)})
+    clip, counts = arch.clip(), arch.parameters
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        f"`{name}`",
+        str(arch.source),
+        f"{counts['transformer'] / 1e9:.2f}",
+        f"{counts['vae'] / 1e6:.0f}",
+        f"{size / 1e9:.1f}",
+        f"{clip.height}×{clip.width}×{clip.frames}",
+        f"{clip.tokens:,}",
+    ]
+
+
 def test_tokens_of_the_clips_that_papers_name() -> None:
     wan = models.architecture("wan2.1-14b")
     assert models.num_tokens(wan, 480, 832, 81) == 32_760
