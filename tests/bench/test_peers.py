@@ -4,6 +4,8 @@ The adapters of kernels that a CPU cannot run are tested in test_peer_adapters.p
 """
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +156,11 @@ def test_versions_are_ordered():
     assert order("2.11.0+cu130") == order("2.11")
     package = Package("x", "x", ("x",), "f", "pip install x", ("1.0.6", "2.2.0"))
     assert package.missing() == "not installed: pip install x"
+
+
+def test_the_page_names_every_peer(h100):
+    section = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text().split("## Peers")[1].split("\n## ")[0]
+    table = {line.split("|")[1] for line in section.splitlines() if line.startswith("| `")}
+    named = {name for cell in table for name in re.findall("`([^`]+)`", cell)}
+    known = {name for op in ENTRIES for device in (CPU, CUDA) for name in peers_for(op, device, torch.float32)}
+    assert named == known
