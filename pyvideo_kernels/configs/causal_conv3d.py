@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import ValueOptionError
-from . import has_tma
-from .tuned import around, combinations, family, require
+from . import has_tma, shared_memory_limit
+from .tuned import MAX_TILE_REGISTERS, around, combinations, family, require, threads
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,18 @@ def illegal(config: ConvConfig, arch: str, *, c: int, o: int, itemsize: int, ali
 def candidates(arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, aligned: bool) -> Iterator[ConvConfig]:
     splits = {(rule.block_n, rule.block_n2), *((n, 0) for n in (32, 64, 128, 256) if n < 2 * o)}
     for n, n2 in sorted(splits):
-        yield from combinations(
+        for config in combinations(
             replace(rule, block_n=n, block_n2=n2),
             block_h=around(rule.block_h),
             block_w=around(rule.block_w),
             block_k=[k for k in around(rule.block_k) if k < 2 * c],
             num_warps=[w for w in around(rule.num_warps) if w >= min(4, rule.num_warps)],
-            num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 2),
+            num_stages=range(max(1, rule.num_stages - 2), rule.num_stages + 3),
             descriptors=(True, False) if aligned and has_tma(arch) else (False,),
-        )
+        ):
+            # Estimates, to spend the places on what can fit: results in registers, pixels and weights in flight.
+            pixels, outputs = config.block_h * config.block_w, n + n2
+            registers = pixels * outputs / threads(arch, config.num_warps)
+            shared = config.num_stages * (pixels + outputs) * config.block_k * itemsize
+            if arch == "cpu" or (registers <= MAX_TILE_REGISTERS and shared <= shared_memory_limit(arch)):
+                yield config

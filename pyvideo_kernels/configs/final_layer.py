@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .tuned import around, combinations, family, require
+from . import shared_memory_limit
+from .tuned import MAX_TILE_REGISTERS, around, combinations, family, require, threads
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,17 @@ def illegal(config: Config, arch: str, *, features: int, itemsize: int, folded: 
 
 @select.neighbourhood
 def candidates(arch: str, rule: Config, *, features: int, itemsize: int, folded: bool) -> Iterator[Config]:
-    return combinations(
+    for config in combinations(
         rule,
         block_m=around(rule.block_m, steps=2),
         block_n=[n for n in around(rule.block_n) if n < 2 * max(features, 16)],
         block_k=around(rule.block_k),
         num_warps=[n for n in around(rule.num_warps) if n >= min(4, rule.num_warps)],
         num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 3),
-    )
+    ):
+        # Estimates, to spend the places on what can fit: results and both sums in registers, x and weights in flight.
+        m, n, k = config.block_m, config.block_n, config.block_k
+        registers = m * (n + 2 * k) / threads(arch, config.num_warps)
+        shared = config.num_stages * (m + n) * k * itemsize
+        if arch == "cpu" or (registers <= MAX_TILE_REGISTERS and shared <= shared_memory_limit(arch)):
+            yield config

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedError
 from . import has_tma, shared_memory_limit
-from .tuned import around, combinations, family, require
+from .tuned import MAX_TILE_REGISTERS, around, combinations, family, require, threads
 
 MAX_HEAD_DIM = 256
 
@@ -86,12 +86,17 @@ def illegal(
 def candidates(
     arch: str, rule: AttentionConfig, *, head_dim: int, itemsize: int, aligned: bool, vectors: bool
 ) -> Iterator[AttentionConfig]:
-    return combinations(
+    for config in combinations(
         rule,
         block_m=around(rule.block_m),
-        block_n=around(rule.block_n),
+        block_n=around(rule.block_n, steps=2),
         num_warps=[n for n in around(rule.num_warps) if n >= min(4, rule.num_warps)],
-        num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 2),
+        num_stages=range(max(1, rule.num_stages - 1), rule.num_stages + 3),
         # fp32 products take operands in registers, which a descriptor cannot fill.
         descriptors=(True, False) if aligned and has_tma(arch) and itemsize == 2 else (False,),
-    )
+    ):
+        # Estimates, to spend the places on what can fit: scores and results in registers, keys and values in flight.
+        registers = config.block_m * (config.block_d + config.block_n) / threads(arch, config.num_warps)
+        shared = 2 * config.num_stages * config.block_n * config.block_d * itemsize
+        if arch == "cpu" or (registers <= MAX_TILE_REGISTERS and shared <= shared_memory_limit(arch)):
+            yield config

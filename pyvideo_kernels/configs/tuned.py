@@ -201,6 +201,15 @@ def around(value: int, *, steps: int = 1) -> list[int]:
     return [n for n in out if n >= 1]
 
 
+def threads(arch: str, num_warps: int) -> int:
+    """Threads of a block."""
+    return num_warps * (64 if arch.startswith("gfx") else 32)
+
+
+# fp32 elements a thread can hold in tiles and still have registers for addresses.
+MAX_TILE_REGISTERS = 176
+
+
 def _distance(rule: Any, config: Any) -> float:
     """Halvings and doublings between two configurations; changing what a warp holds counts once more.
 
