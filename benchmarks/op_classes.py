@@ -90,7 +90,7 @@ _KERNEL_KINDS = (
         r"BatchPrefillWith|softmax", re.I)),
     ("conv", re.compile(
         r"implicit_?gemm|implicit_?convolve|convolve|xmma_(fprop|dgrad|wgrad)|_fprop|conv_?(depthwise)?[123]d|"
-        r"convolution|vol2col|im2col|winograd|nchwToNhwc|nhwcToNchw|ncdhw|ndhwc|cudnn::cnn", re.I)),
+        r"convolution|vol2col|im2col|winograd|nchwToNhwc|nhwcToNchw|ncdhw|ndhwc|cudnn::", re.I)),
     ("gemm", re.compile(
         r"gemm|nvjet|gemv|xmma|cublas|cutlass|s16816|s1688|Cijk_|matmul|splitK(reduce)?_|_scaled_mm|dot_kernel", re.I)),
     ("pointwise", re.compile(

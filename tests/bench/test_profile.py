@@ -12,8 +12,6 @@ from pyvideo_kernels.benchmarks.profile import CpuEvent, DeviceEvent, Trace, acc
 from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 from pyvideo_kernels.schemas import OPS
 
-from ..integrations.helpers import inputs, tiny
-
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FLASH = "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 64>>(P)"
 CUDNN = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0"
@@ -377,6 +375,9 @@ def test_a_gpu_trace_without_kernels_is_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
+    pytest.importorskip("diffusers", reason="the model is diffusers'")
+    from ..integrations.helpers import inputs, tiny
+
     return tiny(layers=2), inputs()
 
 
@@ -428,3 +429,56 @@ def test_a_compiled_function_on_the_cpu():
     assert sum(result["classes"].values()) == pytest.approx(result["wall"], rel=0.01)
     assert result["classes"]["gemm"] > 0 and result["classes"]["norm/modulation/rope"] > 0
     assert any(row["name"].startswith("## Call CompiledFxGraph") for row in result["kernels"])
+
+
+@pytest.fixture(scope="module")
+def gpu_block():
+    """A call with a kernel of every kind, in bf16."""
+    torch.manual_seed(0)
+    x, weight, context = (torch.randn(1, n, 1024, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024, 77))
+    video = torch.randn(1, 32, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+    filters = torch.randn(32, 32, 3, 3, 3, device="cuda", dtype=torch.bfloat16)
+
+    def heads(tokens):
+        return tokens.view(1, -1, 8, 128).transpose(1, 2)
+
+    def call():
+        with torch.inference_mode():
+            y = torch.nn.functional.layer_norm(x, x.shape[-1:]) @ weight[0]
+            q, k = heads(y), heads(context)
+            y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+            z = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+            return y + z, torch.nn.functional.silu(torch.nn.functional.conv3d(video, filters, padding=1))
+
+    for _ in range(3):
+        call()
+    return call
+
+
+@pytest.mark.gpu
+def test_a_gpu(gpu_block):
+    """What the ops say of this card's kernels, their names say too: a replayed graph has nothing else."""
+    for phase in op_classes.PHASES:
+        result = profile.breakdown(gpu_block, phase=phase, device="cuda", top=1000)
+        classes = result["classes"]
+        assert sum(classes.values()) == pytest.approx(result["wall"], rel=0.01) and classes["launch gaps"] >= 0
+        assert classes["gemm"] > 0 and classes["self-attention"] > 0 and classes["other"] == 0
+        assert all(kernel_kind(row["name"]) is not None for row in result["kernels"]), result["kernels"]
+        assert (
+            kernel_kind(result["attention"]["self"][0]) == kernel_kind(result["attention"]["cross"][0]) == "attention"
+        )
+    assert classes["vae conv"] > 0 and classes["vae other"] > 0
+    kinds = {kernel_kind(row["name"]) for row in result["kernels"] if row["class"] == "vae conv"}
+    assert "conv" in kinds
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_on_a_gpu(gpu_block):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu_block()
+    graph.replay()
+    eager = profile.breakdown(gpu_block, phase="decode", device="cuda")["classes"]
+    replayed = profile.breakdown(graph.replay, phase="decode", device="cuda")["classes"]
+    for name in ("gemm", "self-attention", "vae conv", "vae other"):
+        assert replayed[name] == pytest.approx(eager[name], rel=0.5), (name, eager, replayed)
