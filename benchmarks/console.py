@@ -40,6 +40,8 @@ class Console:
             return "the first clips" if not self.done else "the rounds"
         if name == "warm":
             self.say(f"{variant}: first clip {tables.number(entry.first)} s{_quality(entry.facts['quality'])}")
+            for note in entry.facts["notes"]:
+                self.say(f"{variant}: {note}")
             return "the first clips"
         if name == "round":
             self.done[variant] += 1

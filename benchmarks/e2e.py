@@ -272,6 +272,7 @@ def write_all(result: dict[str, Any], output: Path, console: Console) -> list[Pa
 
     paths = [results.write(output / f"{stem(result)}.json", result)]
     page = [f"# {tables.clip(result['settings'])}, {tables.machine(result)}", "", tables.markdown(result)]
+    page += [f"- {row['variant']}: {note}" for row in result["rows"] for note in row.get("notes", ())]
     page += [f"- {sentence}" for sentence in result["statements"]]
     text = "\n".join(page) + "\n"
     paths.append(write_bytes(output / f"{stem(result)}.md", lambda path: _write(path, text)))

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from pyvideo_kernels import dispatch
+from pyvideo_kernels.errors import UnsupportedError
 
 from . import quality
+from .attention_choice import Choice, choose
 from .clips import Clip, Clock, peak_memory, ratios, run_clip, seconds, turns
-from .variants import BASE, Built, Variant, build
+from .variants import BEST, Built, Variant, build
 
 OnEvent = Callable[[str, "Entry"], None]
 
@@ -92,6 +94,7 @@ class Session:
         self._call: Any = None
         self._float32_velocity: Tensor | None = None
         self._base_error = 0.0
+        self._choice: Choice | None = None
 
     @property
     def base(self) -> Entry:
@@ -141,10 +144,10 @@ class Session:
         """Build a variant, run its first clip, check its video and compare it with the base's."""
         before = self.clock.allocated() or 0
         graphs = _graphs() if entry.variant.compile is not None else None
-        built = build(self.source.pipe, entry.variant)
-        entry.facts["notes"] = list(built.notes)
+        built = build(self.source.pipe, self._resolved(entry))
+        entry.facts["notes"] = [*entry.facts.get("notes", ()), *built.notes]
         calls = dispatch.calls()  # after accelerate(), which may have checked kernels
-        if entry is self.base and self.float32:
+        if entry is self.base and (self.float32 or self._wants_best):
             caught: list[Clip] = []
             self._call = quality.first_call(built.pipe.transformer, lambda: caught.append(self._clip(built)))
             clip = caught[0]
@@ -164,6 +167,21 @@ class Session:
         entry.built = built
         self.on_event("warm", entry)
 
+    @property
+    def _wants_best(self) -> bool:
+        return any(entry.variant.backend == BEST for entry in self.entries)
+
+    def _resolved(self, entry: Entry) -> Variant:
+        """The variant with a name for ``backend=best``."""
+        if entry.variant.backend != BEST:
+            return entry.variant
+        if self._call is None:
+            raise UnsupportedError(f"backend={BEST} is found with the inputs of eager, which did not run")
+        if self._choice is None:
+            self._choice = choose(self.source.pipe, self._call, self.clock, describe)
+        entry.facts |= {"backend": self._choice.name, "notes": [self._choice.note()]}
+        return replace(entry.variant, backend=self._choice.name)
+
     def _check(self, clip: Clip) -> None:
         assert clip.latents is not None
         quality.check_finite("latents", clip.latents)
@@ -181,13 +199,13 @@ class Session:
         if frames is not None and self._frames is not None:
             quality.check_not_black(frames, self._frames)
             out |= quality.compare_videos(frames, self._frames)
-        if self._call is not None:
+        if self.float32 and self._call is not None:
             try:
                 out |= self._float32_error(entry, built)
             except (RuntimeError, MemoryError) as error:  # the video and the timings stand without it
                 entry.facts["notes"].append(f"no error against float32: {describe(error)}")
                 if entry is self.base:
-                    self._call = None
+                    self.float32 = False
         return out
 
     def _float32_error(self, entry: Entry, built: Built) -> dict[str, float | None]:
@@ -315,4 +333,4 @@ def _new_graphs(before: dict[str, int]) -> dict[str, int]:
     return {key: value - before[key] for key, value in _graphs().items()} | {"recompiles": 0}
 
 
-__all__ = ["BASE", "Entry", "Session", "Source", "describe"]
+__all__ = ["Entry", "Session", "Source", "describe"]

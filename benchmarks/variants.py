@@ -5,7 +5,8 @@
 ===========  =========  ==========================================================================================
 of           key        value
 ===========  =========  ==========================================================================================
-any          backend    attention backend of diffusers that the model's own attention dispatches to
+any          backend    attention backend of diffusers that the model's own attention dispatches to; best: the
+                        fastest one that is exact, found by running the model with each (``attention_choice.py``)
 ours         attention  none, dense: accelerate()'s ``attention``
 ours         impl       auto, reference, triton, cuda, cpu, ...: accelerate()'s ``impl``
 ours         ops        op names joined by ``+``, or all
@@ -39,6 +40,7 @@ from pyvideo_kernels.sampler.kernels import forward_ops
 from pyvideo_kernels.sampler.problems import did_you_mean
 
 BASE = "eager"
+BEST = "best"
 _BASES = ("eager", "compile", "ours")
 # Asked for by name and not built: accelerate() refuses them when the variant's turn comes, and the others go on.
 _PLANNED_ATTENTIONS = ("int8",)
@@ -167,7 +169,7 @@ def _ops(text: str, key: str, value: str) -> str | tuple[str, ...]:
 
 
 def _backend(text: str, key: str, value: str) -> str:
-    return _choice(*attention_backends())(text, key, value)
+    return _choice(BEST, *attention_backends())(text, key, value)
 
 
 _OURS: dict[str, _Reader] = {"attention": _attention, "impl": _choice(*IMPLS), "ops": _ops, "strict": _truth}

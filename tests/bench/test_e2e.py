@@ -329,6 +329,20 @@ def test_a_family_that_accelerate_does_not_know(quick):
     assert rows["eager"]["rounds"] == 3 and settings["pipeline"] == "LTXPipeline"
 
 
+def test_the_best_backend_is_found_once_and_named_in_the_row(source, quick, monkeypatch):
+    asked = []
+
+    def choose(pipe, call, clock, describe):
+        asked.append(call)
+        return SimpleNamespace(name="_native_math", note=lambda: "found")
+
+    monkeypatch.setattr(session, "choose", choose)
+    rows, _ = _rows(source, "eager:backend=best", "ours:backend=best", float32=False)
+    assert len(asked) == 1 and "float32_error" not in rows["eager"]["quality"]
+    for name in ("eager:backend=best", "ours:backend=best"):
+        assert rows[name]["backend"] == "_native_math" and rows[name]["notes"] == ["found"]
+
+
 def test_no_float32_model_leaves_the_rest(source, quick, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("full")

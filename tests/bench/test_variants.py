@@ -1,9 +1,11 @@
 """What --ab means, and that variants share weights and nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from pyvideo_kernels.benchmarks import models
+from pyvideo_kernels.benchmarks import attention_choice, models, quality
 from pyvideo_kernels.benchmarks.variants import (
     BASE,
     Compile,
@@ -22,6 +24,7 @@ from pyvideo_kernels.integrations.swap import swapped
 
 _CASES = {
     "eager": Variant("eager"),
+    "ours:backend=best": Variant("ours:backend=best", accelerate={}, backend="best"),
     "eager:backend=_native_math": Variant("eager:backend=_native_math", backend="_native_math"),
     "compile": Variant("compile", compile=Compile()),
     "compile:mode=max-autotune,scope=blocks,dynamic=false,vae=true": Variant(
@@ -225,3 +228,62 @@ def test_blocks_of_a_model_without_a_list_of_its_own():
 
     model = Plain()
     assert repeated_blocks(model) == list(model.blocks)
+
+
+# backend=best -----------------------------------------------------------------------------------------------------
+
+
+def _seconds_by_backend(monkeypatch, seconds):
+    """A clock on which a call with a backend takes what the table says."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    clock = SimpleNamespace(now=0.0, synchronize=lambda: None, seconds=lambda a, b: b - a)
+    clock.mark = lambda: clock.now
+    for backend, function in list(_AttentionBackendRegistry._backends.items()):
+        took = seconds.get(backend.value, 1.0)
+
+        def timed(*args, _function=function, _took=took, **kwargs):
+            clock.now += _took
+            return _function(*args, **kwargs)
+
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, backend, timed)
+    return clock
+
+
+def test_the_best_backend_is_the_fastest_that_predicts_the_same(pipe, inputs, monkeypatch):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    call = quality.first_call(pipe.transformer, lambda: pipe(**inputs()))
+    clock = _seconds_by_backend(monkeypatch, {"_native_efficient": 0.001, "_native_flash": 0.1, "native": 0.5})
+    wrong = lambda query, **_: torch.zeros_like(query)
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_EFFICIENT, wrong)
+    choice = attention_choice.choose(pipe, call, clock)
+    assert choice.name == "_native_flash" and choice.seconds["_native_flash"] < choice.seconds["native"]
+    assert "predicts something else" in choice.refused["_native_efficient"]
+    assert "install" in choice.refused["xformers"]
+    assert "backend=best is _native_flash" in choice.note() and "native 1 s" not in choice.note()
+    assert all(
+        module.processor._attention_backend is None
+        for module in pipe.transformer.modules()
+        if hasattr(module, "processor")
+    )
+
+
+def test_a_mask_that_a_backend_would_drop_leaves_it_out(pipe, inputs, monkeypatch):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    args, kwargs = quality.first_call(pipe.transformer, lambda: pipe(**inputs()))
+    clock = _seconds_by_backend(monkeypatch, {"_native_flash": 0.001})
+    names = _AttentionBackendRegistry._supported_arg_names
+    flash = AttentionBackendName._NATIVE_FLASH
+    monkeypatch.setitem(names, flash, names[flash] - {"attn_mask"})
+    assert attention_choice.choose(pipe, (args, kwargs), clock).name == "_native_flash"
+    monkeypatch.setattr(attention_choice, "_has_mask", lambda call: True)
+    choice = attention_choice.choose(pipe, (args, kwargs), clock)
+    assert choice.name != "_native_flash" and "mask" in choice.refused["_native_flash"]
+
+
+def test_without_any_backend_the_reasons_are_named():
+    choice = attention_choice.Choice(refused={"native": "no", "flash": "not installed"})
+    with pytest.raises(UnsupportedError, match="native: no; flash: not installed"):
+        _ = choice.name
