@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 CODE = """
-import sys, torch
+import itertools, sys, torch
 from triton.runtime.jit import JITFunction
 from triton.backends.nvidia.compiler import CUDABackend
 from pyvideo_kernels import dispatch
@@ -42,8 +42,11 @@ for name, op in OPS.items():
     if "triton" not in op.impls:
         continue
     function = dispatch.load(op, "triton")
-    for dtype in (torch.bfloat16, torch.float32):
-        for index, kwargs in enumerate(samples(op, dtype)):
+    # The samples of an op with a head_dim are checked at that of the call.
+    for dtype, head_dim in itertools.product(
+        (torch.bfloat16, torch.float32), (None,) if op.heads is None else (None, *dispatch.HEAD_DIMS)
+    ):
+        for index, kwargs in enumerate(samples(op, dtype, head_dim=head_dim)):
             with compiling_for("sm_90"):
                 inner = JITFunction.run
                 def run(self, *args, **kwargs):
@@ -60,7 +63,7 @@ for name, op in OPS.items():
                     last = error
                     while last.__cause__ is not None:
                         last = last.__cause__
-                    print(name, dtype, "sample", index, repr(str(last)[-300:]))
+                    print(name, dtype, head_dim, "sample", index, repr(str(last)[-300:]))
                     sys.exit(1)
 print(launches)
 """
