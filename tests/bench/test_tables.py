@@ -1,11 +1,12 @@
 """The tables say what the results say: every number, every error, one way of writing them."""
 
+import doctest
 import io
 import json
 
 import pytest
 
-from pyvideo_kernels.benchmarks import tables
+from pyvideo_kernels.benchmarks import op_classes, tables
 from pyvideo_kernels.benchmarks.tables import markdown, number, rate, ratio, rich_table, short_kernel, with_spread
 from pyvideo_kernels.errors import ValueOptionError
 
@@ -169,3 +170,9 @@ def test_the_machine_and_the_clip_in_a_line():
     )
     line = "wan2.1-1.3b with random weights, 480×832, 81 frames, 50 steps, bf16"
     assert tables.clip(sample_results.e2e()["settings"]) == line
+
+
+@pytest.mark.parametrize("module", [tables, op_classes], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_the_examples_in_the_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0
