@@ -208,17 +208,21 @@ def interleaved(
             prepared.pop(name, None)
             if failures is None:
                 raise
-            failures[name] = error
+            failures[name] = error.with_traceback(None)  # its frames hold tensors
 
     for name, call in variants.items():
         with guarded(name):
             calls = _Calls(call.call, call.sets) if isinstance(call, Variant) else _Calls(call, sets)
             prepared[name] = _prepare(calls, backend, min_seconds)
             seconds[name] = []
-    for turn in range(rounds):
+    # On a GPU a round before the first does not count: each capture empties the allocator's cache, and whoever comes
+    # next waits for the driver's memory.
+    for turn in range(-1 if backend.graphs else 0, rounds):
         for name in list(prepared)[:: -1 if turn % 2 else 1]:
             with guarded(name):
-                seconds[name].append(prepared[name].seconds(backend))
+                taken = prepared[name].seconds(backend)
+                if turn >= 0:
+                    seconds[name].append(taken)
     return {name: Timing.of(seconds[name], run.graph, run.why_no_graph) for name, run in prepared.items()}
 
 

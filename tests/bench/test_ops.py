@@ -77,12 +77,14 @@ def test_every_forward_op_is_registered():
 
 
 @every_case
-def test_both_sides_compute_the_same(name, style):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_sides_compute_the_same(name, style, dtype):
     torch.manual_seed(0)
-    entry = ENTRIES[name]
-    inputs = entry.inputs(**CASES[name, style], dtype=torch.float32, device=CPU)
+    entry, sizes = ENTRIES[name], CASES[name, style]
+    inputs = entry.inputs(**sizes, dtype=dtype, device=CPU)
     expected = entry.eager(**entry.stock(inputs))
-    torch.testing.assert_close(entry.ours(**ops_row.fresh(entry, inputs)), expected, rtol=1e-4, atol=1e-4)
+    allowed = ops_row.tolerance(entry, sizes, dtype, CPU, expected)
+    agreement.check_at_size(entry.ours(**ops_row.fresh(entry, inputs)), expected, allowed)
 
 
 @every_case
