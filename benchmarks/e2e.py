@@ -152,27 +152,30 @@ def load(
     request: Request, device: torch.device, dtype: torch.dtype, note: Callable[[str], None] = lambda text: None
 ) -> tuple[Source, dict[str, Any]]:
     """The model and its inputs, and the result's ``settings``; ``note`` is told what is being downloaded."""
-    text_seconds = None
     if request.random_weights:
         arch = models.architecture(_architecture_name(request.model))
-        clip = arch.clip(request.height, request.width, request.frames)
+    else:
+        arch, _ = models.find(request.model, note)
+    clip = arch.clip(request.height, request.width, request.frames)
+    options = functools.partial(
+        models.call_options, clip, steps=request.steps, guidance=request.guidance, seed=request.seed
+    )
+    wanted = options()  # refuses, as clip() does, before any weight is made or read
+    text_seconds = None
+    if request.random_weights:
         pipe = models.random_pipeline(arch, dtype=dtype, device=device, seed=request.seed)
         prompt = models.prompt_inputs(pipe, arch, seed=request.seed)
     else:
         pipe, arch = models.load_pipeline(request.model, dtype=dtype, device=device, note=note)
-        clip = arch.clip(request.height, request.width, request.frames)
         start = time.perf_counter()
         prompt = models.encode_prompt(pipe, arch, request.prompt)
         text_seconds = time.perf_counter() - start
         models.drop_text_encoders(pipe)
-    steps = request.steps or arch.defaults.steps
-    guidance = arch.defaults.guidance if request.guidance is None else request.guidance
     latents = models.initial_latents(pipe, clip, seed=request.seed)
 
     def inputs() -> dict[str, Any]:
-        options = models.call_options(clip, steps=steps, guidance=guidance, seed=request.seed)
         # Schedulers and guidance may write into what they are given.
-        return {**prompt, "latents": latents.clone(), **options}
+        return {**prompt, "latents": latents.clone(), **options()}
 
     source = Source(
         pipe=pipe,
@@ -189,8 +192,8 @@ def load(
         "height": clip.height,
         "width": clip.width,
         "frames": clip.frames,
-        "steps": steps,
-        "guidance": guidance,
+        "steps": wanted["num_inference_steps"],
+        "guidance": wanted["guidance_scale"],
         "dtype": str(dtype).removeprefix("torch."),
         "vae_dtype": str(pipe.vae.dtype).removeprefix("torch."),
         "seed": request.seed,

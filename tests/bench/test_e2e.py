@@ -186,6 +186,12 @@ def test_statements_name_both_sides_their_kernels_the_clip_and_the_machine():
             UsageError,
             "--height must be a multiple of",
         ),
+        (Request(model="tiny", device="cpu", frames=6), UsageError, "--frames must be 4k + 1"),
+        (
+            Request(model="tiny-random-ltx", random_weights=True, device="cpu", steps=1),
+            UsageError,
+            "--steps must be at least 2",
+        ),
     ],
 )
 def test_refused_before_any_work(request_, error, words, monkeypatch):
