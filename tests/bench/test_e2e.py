@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -378,8 +379,6 @@ _SETTINGS = {
 
 
 def test_command_writes_json_markdown_and_plots(tmp_path, quick, capsys):
-    from dataclasses import replace
-
     e2e.command(replace(TINY, variants=("ours", "ours:attention=int8")), tmp_path)
     out = capsys.readouterr()
     paths = [Path(line) for line in out.out.split()]
@@ -428,6 +427,29 @@ def test_ctrl_c_before_the_first_clip_keeps_nothing(tmp_path, quick, monkeypatch
     with pytest.raises(Interrupted, match="interrupted during the first clips; nothing was written"):
         e2e.command(TINY, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_files_of_a_run_whose_eager_or_everything_is_broken(broken, tmp_path, quick, monkeypatch, capsys):
+    seen = []
+
+    def check(what, tensor):
+        seen.append(what)
+        if len(seen) <= broken:
+            raise quality.BrokenVideo("black")
+
+    monkeypatch.setattr(quality, "check_finite", check)
+    with pytest.raises(typer.Exit) as caught:
+        e2e.command(replace(TINY, float32=False), tmp_path)
+    assert caught.value.exit_code == Exit.FAILED
+    result = results.read(next(tmp_path.glob("*-cpu.json")))
+    eager, ours = result["rows"]
+    assert eager["error"] == "BrokenVideo: black" and result["statements"] == []
+    assert ("error" in ours) == (broken == 2)
+    if broken == 1:  # nothing to hold it against
+        assert ours["ratio"] == {} and ours["quality"] == {} and ours["seconds"]["total"]["median"] > 0
+    assert "| eager | ERROR |" in next(tmp_path.glob("*.md")).read_text()
+    assert capsys.readouterr().out.count("tiny-random-wan") >= 2
 
 
 @pytest.mark.parametrize(
