@@ -33,7 +33,7 @@ from pyvideo_kernels.benchmarks.timing import interleaved
 from pyvideo_kernels.benchmarks.tune_search import GAIN, OutOfTime, Question, Say, Search, Timer
 from pyvideo_kernels.configs import forced_arch, target_of, tuned
 from pyvideo_kernels.dispatch import interpreting
-from pyvideo_kernels.errors import PyVideoError, UnsupportedError, ValueOptionError
+from pyvideo_kernels.errors import DeviceError, PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, check_op
 
@@ -172,10 +172,15 @@ def tune(
     Returns:
         `Summary` as a dictionary: keys finished, skipped (finished before), left, improved (with the ratio), wrong.
     Raises:
-        ValueOptionError: a CPU without ``dry``, or a table among the package's that is not this card's.
+        ValueOptionError: a CPU without ``dry``, an unknown op, or a table among the package's that is not this card's.
+        DeviceError: there is no GPU.
     """
     device = torch.device(device)
     cpu = device.type != "cuda"
+    if not cpu and not torch.cuda.is_available():
+        raise DeviceError(f"tune: `device` must be a GPU that is here; got {device}, and torch finds none")
+    if not cpu and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if cpu and not dry:
         raise ValueOptionError(f"tune: `device` must be a CUDA device, or `dry` set; got {device}")
     if cpu and not interpreting():

@@ -196,6 +196,24 @@ def test_a_wrong_candidate_is_dropped_aloud_however_fast(out, kernel, how, words
     assert any("DROPPED" in line and "rows=4" in line for line in said)
 
 
+def test_the_order_of_a_sum_is_no_difference_and_a_lost_tile_is(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(4000, 64, generator=generator)
+    a = exact.bfloat16()
+    b = (exact * (1 + 1e-3 * torch.randn(exact.shape, generator=generator))).bfloat16()
+    assert not torch.equal(a, b) and tune_search.difference([a], [b]) is None
+    monkeypatch.setattr(tune_search, "_PIECE", 1000)
+    assert tune_search.difference([a], [b]) is None
+    assert tune_search.difference([a[:0]], [b[:0]]) is None
+    lost, poisoned = (lambda t: t[17].zero_(), "elements differ"), (lambda t: t[3999, 63].fill_(torch.nan), "NaN")
+    for spoil, words in (lost, poisoned):
+        c = b.clone()
+        spoil(c)
+        assert words in tune_search.difference([a, a], [b, c])
+    total = exact.double().sum(0).float()
+    assert tune_search.difference([total], [exact.flip(0).cumsum(0)[-1]]) is None
+
+
 def test_memory_of_the_right_answer_does_not_pass_for_one(kernel):
     """A kernel that writes nothing finds the rule's output in the memory that it is given, unless that is poisoned."""
     kernel(lambda config: config.rows == 4, _nothing)
@@ -426,3 +444,5 @@ def test_the_command_line_walks_the_same_steps(out, capsys):
     assert "1 finished before" in capsys.readouterr().out
     assert tune.main(arguments) == 2
     assert "outside configs/" in capsys.readouterr().err
+    assert tune.main(["--op", "rms_norm"]) == 2
+    assert "torch finds none" in capsys.readouterr().err
