@@ -57,6 +57,19 @@ def test_a_card_s_table_answers_for_its_keys(tmp_path):
         assert row.select(arch_for(torch.empty(0)), itemsize=2, width=1536, op="rms_norm") == FAST
 
 
+def test_a_launch_takes_what_the_table_says(tmp_path, monkeypatch):
+    module = __import__("pyvideo_kernels.kernels.rms_norm", fromlist=["launch_fwd"])
+    wanted, launched, launch = RowConfig(64, 4, 2), [], module.launch_fwd
+    monkeypatch.setattr(module, "launch_fwd", lambda *a: launched.append(a[-1]) or launch(*a))
+    _write(tmp_path, _row(key={**KEY, "width": 48, "itemsize": 4}, config=dataclasses.asdict(wanted)))
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    with tuned.tables_in(tmp_path), forced_arch("sm_90", GPU):
+        y = module.rms_norm(x, None, 1e-6)
+        module.rms_norm(x.half(), None, 1e-6)
+    assert launched == [wanted, row.select("sm_90", **{**KEY, "width": 48})] and launched[0] != launched[1]
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (48,), None, 1e-6))
+
+
 @pytest.mark.parametrize(
     ("rows", "provenance", "asked"),
     [
