@@ -74,6 +74,7 @@ class Campaign:
 
     def run(self) -> None:
         """Run slices until none is left or none fits; what is finished is on disk, whatever ends this."""
+        self.state.out.mkdir(parents=True, exist_ok=True)
         for each in self.plan:
             if missing := each.missing():
                 self.state.record(each.name, status="skipped", summary=f"needs {', '.join(missing)}")

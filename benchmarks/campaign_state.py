@@ -11,11 +11,10 @@ from typing import Any
 from pyvideo_kernels.error_types import ValueOptionError
 
 from . import results
+from .slice_process import DRY
 from .slices import Slice
 
 FILE = "campaign.json"
-DRY = "dry"
-"""Key of a result that was walked on tiny shapes; no table takes one."""
 
 
 class State:

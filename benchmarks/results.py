@@ -1,7 +1,7 @@
 """Result files: what a measurement must say of its machine, and how it is written and read.
 
-One JSON object a file: ``schema``, ``kind`` (``"ops"``, ``"e2e"``, ``"tuning"``, ``"correctness"``), ``provenance``,
-``settings``, ``ceilings`` and ``rows``. A file without its machine is refused by every reader.
+One JSON object a file: ``schema``, ``kind`` (`KINDS`), ``provenance``, ``settings``, ``ceilings`` and
+``rows``. A file without its machine is refused by every reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyvideo_kernels.dispatch import arch_of
 from pyvideo_kernels.errors import ValueOptionError
 
 SCHEMA = 1
-KINDS = ("ops", "e2e", "tuning", "correctness")
+KINDS = ("ops", "e2e", "tuning", "correctness", "environment")
 _REQUIRED = ("device", "arch", "torch", "python", "pyvideo_kernels", "revision", "date")
 _REQUIRED_ON = {"cuda": ("gpu", "driver", "triton", "clock_sm"), "cpu": ("cpu", "threads")}
 

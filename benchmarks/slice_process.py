@@ -8,6 +8,7 @@ a failure is replaced: after an illegal memory access nothing of a CUDA process 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,52 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 3000
 """Characters of a failed slice's output that are kept."""
+DRY = "dry"
+"""Key of a result that was walked on tiny shapes; no table takes one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slice to run.
+
+    Args:
+        out: its result file.
+        device: ``"cuda"`` or ``"cpu"``.
+        dry: tiny shapes, and the result says so.
+        parameters: what the plan says.
+        seconds: after so many it is stopped.
+    """
+
+    out: Path
+    device: str
+    dry: bool
+    parameters: Mapping[str, Any]
+    seconds: float
+
+    def result(self, kind: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> dict[str, Any]:
+        """A result of this machine."""
+        import torch
+
+        from pyvideo_kernels.benchmarks import results
+
+        where = results.provenance(torch.device(self.device))
+        head = {"schema": results.SCHEMA, "kind": kind, "provenance": where, "settings": dict(self.parameters)}
+        return {**head, "ceilings": {}, **more, "rows": list(rows)}
+
+    def write(self, result: dict[str, Any]) -> None:
+        """The result file; marked where it is dry."""
+        from pyvideo_kernels.benchmarks import results
+
+        results.write(self.out, {DRY: True, **result} if self.dry else result)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line on what was found, how many rows of it are wrong, and whether another turn has more to find."""
+
+    summary: str
+    red: int = 0
+    unfinished: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,23 +189,17 @@ class Process:
 # The worker's side -----------------------------------------------------------------------------------------------
 
 
-def _serve(send: int, device: str) -> None:
-    """Run what standard input asks for until it ends."""
-    import importlib
-
-    import torch
-
-    from pyvideo_kernels.benchmarks.slice_runs import Job
-
+def serve(send: int, device: str) -> None:
+    """Run what standard input asks for until it ends. Torch is imported by the slices that need it."""
     for line in sys.stdin:
         request = json.loads(line)
-        module, _, function = request["run"].partition(":")
+        module, _, function = request.pop("run").partition(":")
         try:
-            job = Job(
-                Path(request["out"]), torch.device(device), request["dry"], request["parameters"], request["seconds"]
-            )
+            job = Job(Path(request.pop("out")), device, **request)
             outcome = getattr(importlib.import_module(module), function)(job)
-            if torch.device(device).type == "cuda":
+            if device == "cuda":
+                import torch
+
                 torch.cuda.synchronize()  # an error of a kernel that was only launched is this slice's own
                 torch.cuda.empty_cache()
             status = "left" if outcome.unfinished else "done"
@@ -172,5 +213,8 @@ def _serve(send: int, device: str) -> None:
 
 
 if __name__ == "__main__":
+    # By its installed name: the slices import this module too, and must find the same classes.
+    from pyvideo_kernels.benchmarks import slice_process
+
     os.set_inheritable(int(sys.argv[1]), False)  # a child of ours must not keep the parent waiting
-    _serve(int(sys.argv[1]), sys.argv[2])
+    slice_process.serve(int(sys.argv[1]), sys.argv[2])

@@ -8,56 +8,15 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from . import results
-from .campaign_state import DRY
+from .slice_process import Job, Outcome
 
 # What a key in hand takes to stop, and the process to start, of the seconds that a tuning slice has.
 _TUNE_MARGIN = 15.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One slice to run.
-
-    Args:
-        out: its result file.
-        device: where.
-        dry: tiny shapes, and the result says so.
-        parameters: what the plan says.
-        seconds: after so many it is stopped.
-    """
-
-    out: Path
-    device: torch.device
-    dry: bool
-    parameters: Mapping[str, Any]
-    seconds: float
-
-    def result(self, kind: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> dict[str, Any]:
-        """A result of this machine."""
-        where = results.provenance(self.device)
-        head = {"schema": results.SCHEMA, "kind": kind, "provenance": where, "settings": dict(self.parameters)}
-        return {**head, "ceilings": {}, **more, "rows": list(rows)}
-
-    def write(self, result: dict[str, Any]) -> None:
-        """The result file; marked where it is dry."""
-        results.write(self.out, {DRY: True, **result} if self.dry else result)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One line on what was found, how many rows of it are wrong, and whether another turn has more to find."""
-
-    summary: str
-    red: int = 0
-    unfinished: bool = False
 
 
 def environment(job: Job) -> Outcome:
@@ -66,8 +25,9 @@ def environment(job: Job) -> Outcome:
 
     from .timing import copy_bandwidth, gemm_rate
 
+    device = torch.device(job.device)
     sizes = (1 << 20, 64) if job.dry else (None, None)
-    ceilings = {"copy": copy_bandwidth(job.device, sizes[0]), "gemm": gemm_rate(job.device, torch.bfloat16, sizes[1])}
+    ceilings = {"copy": copy_bandwidth(device, sizes[0]), "gemm": gemm_rate(device, torch.bfloat16, sizes[1])}
     facts = collect_env.collect()
     job.write(job.result("environment", ceilings=ceilings, environment=facts))
     copy, gemm = ceilings["copy"] / 1e9, ceilings["gemm"] / 1e12
@@ -80,8 +40,9 @@ def correctness(job: Job) -> Outcome:
 
     from .correctness import canary_rows, judged, shown, test_rows
 
-    op, on_card = job.parameters["op"], job.device.type == "cuda"
-    canaries = canary_rows(op, job.device)
+    op, device = job.parameters["op"], torch.device(job.device)
+    on_card = device.type == "cuda"
+    canaries = canary_rows(op, device)
     rows = test_rows(op, on_card=on_card)
     result = job.result("correctness", [*map(shown, canaries), *rows])
     job.write(result)
@@ -104,12 +65,12 @@ def ops(job: Job) -> Outcome:
     from . import ops as bench
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.parameters["dtype"]]
-    names = job.parameters["ops"]
+    names, device = job.parameters["ops"], torch.device(job.device)
     if job.dry:
         with tiny_shapes(names):
-            result = bench.run(names, job.device, dtype, baselines=["eager"], rounds=3)
+            result = bench.run(names, device, dtype, baselines=["eager"], rounds=3)
     else:
-        result = bench.run(names, job.device, dtype)
+        result = bench.run(names, device, dtype)
     job.write(result)
     return _speeds(result["rows"])
 
@@ -151,7 +112,7 @@ def e2e(job: Job) -> Outcome:
     """A model end to end, at its true size with random weights."""
     from . import e2e as bench
 
-    request = bench.Request(random_weights=True, device=str(job.device), **job.parameters)
+    request = bench.Request(random_weights=True, device=job.device, **job.parameters)
     result = bench.run(request)
     job.write(result)
     good = [row for row in result["rows"] if "error" not in row]

@@ -54,7 +54,7 @@ class Slice:
     Args:
         name: stem of its result file.
         group: slices of one group may share a process as long as each of them ends well; see ``alone``.
-        run: ``"module:function"``; called in the worker with a ``slice_runs.Job``.
+        run: ``"module:function"``; called in the worker with a ``slice_process.Job``.
         seconds: what it takes on an H100, about.
         least: it is not started with less than this left: ``seconds``, but for one that goes on where it stopped.
         parameters: what is measured.
