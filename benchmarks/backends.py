@@ -6,6 +6,7 @@ and read off the order.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -87,6 +88,7 @@ class CudaBackend:
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device, self.cuda = device, cuda
+        self.broken: list[Any] = []
         # Warm-up and capture share one side stream, so that what a library keeps per stream (workspaces, handles)
         # exists before the capture begins.
         with cuda.device(device):
@@ -122,25 +124,34 @@ class CudaBackend:
     def capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
         with self.cuda.device(self.device):
             before = self.cuda.current_stream(self.device)
-            graph = self.cuda.CUDAGraph()
+            graph, pool = self.cuda.CUDAGraph(), self.cuda.graph_pool_handle()
             try:
-                with self.cuda.graph(graph, stream=self.stream):
+                with self.cuda.graph(graph, pool=pool, stream=self.stream):
                     # What the calls return stays alive until all are recorded: freed earlier, one output's memory
                     # would serve the next, which then is written to a warm cache.
                     kept = work()
             except Exception as error:
-                # The end of a broken capture raises before it gives back the stream that was current.
-                self.cuda.set_stream(before)
-                self.cuda.synchronize(self.device)
-                # That end hides what broke it.
+                self._clean_up(graph, pool, before)
+                # The end of a broken capture raises too, and hides what broke it.
                 raise (error.__context__ if isinstance(error.__context__, Exception) else error) from None
             del kept  # the graph's own pool holds the memory
             return graph.replay  # type: ignore[no-any-return]
 
+    def _clean_up(self, graph: Any, pool: Any, before: Any) -> None:
+        """After a broken capture, whose end raises before it has undone its beginning."""
+        self.cuda.set_stream(before)
+        # The allocator would go on asking this graph, at every capture to come, whether an allocation is its own.
+        self.broken.append(graph)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
+        self.cuda.synchronize(self.device)
+
 
 def backend_for(device: torch.device) -> Backend:
     """The backend of a device."""
-    return CudaBackend(device) if device.type == "cuda" else CpuBackend()
+    if device.type != "cuda":
+        return CpuBackend()
+    return CudaBackend(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
 
 
 def last_level_cache(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

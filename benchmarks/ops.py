@@ -44,12 +44,13 @@ class Stopped(KeyboardInterrupt):
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def selection(ops: Sequence[str], impl: str) -> list[str]:
+def selection(ops: Sequence[str], impl: str, device: torch.device) -> list[str]:
     """The ops to measure (all when empty) that have ``impl``.
 
     Raises:
         ValueOptionError, UnsupportedError: an unknown op or implementation, or an op that was asked for by name and
             has not this implementation.
+        DeviceError: the implementation does not run on this device.
     """
     for name in ops:
         if name not in ENTRIES:
@@ -64,7 +65,10 @@ def selection(ops: Sequence[str], impl: str) -> list[str]:
     for name in ops:
         if impl not in OPS[name].impls:
             raise UnsupportedError(f"{name}: no implementation {impl!r}; there are {', '.join(OPS[name].impls)}")
-    return list(dict.fromkeys(ops)) or [name for name in ENTRIES if impl in OPS[name].impls]
+    names = list(dict.fromkeys(ops)) or [name for name in ENTRIES if impl in OPS[name].impls]
+    for name in names:
+        dispatch.check_runs_on(OPS[name], impl, device)
+    return names
 
 
 def run(
@@ -91,12 +95,13 @@ def run(
         on_row: called with each row as it is finished.
         on_start: called with the result before its first row, ceilings measured.
     Raises:
-        ValueOptionError, UnsupportedError: an unknown op, implementation or baseline, before any work.
+        ValueOptionError, UnsupportedError, DeviceError: an unknown op, implementation or baseline, or one that cannot
+            run here, before any work.
         Stopped: Ctrl-C, with the rows so far.
     """
     from .baselines import chosen
 
-    names = selection(ops, impl)
+    names = selection(ops, impl, device)
     wanted = chosen(baselines if baselines or not quick else ("eager",), names, device, dtype)
     rounds = min(rounds, QUICK_ROUNDS) if quick else rounds
     tops = ceilings(device, dtype)

@@ -323,6 +323,7 @@ def test_quick_takes_the_first_shape_and_eager_alone(quick, capsys):
         (["--device", "cdua"], "did you mean 'cuda'?"),
         (["--impl", "trition"], "did you mean 'triton'?"),
         (["--op", "rms_norm", "--baseline", "eagre"], "did you mean 'eager'?"),
+        (["--op", "guidance_step", "--impl", "cuda"], "guidance_step: impl 'cuda' needs CUDA tensors; got cpu"),
         (["--op", "rms_norm", "--impl", "sdpa"], "rms_norm: no implementation 'sdpa'; there are reference"),
     ],
 )
@@ -339,9 +340,9 @@ def test_a_device_that_is_not_there_is_refused():
 
 
 def test_all_ops_with_an_implementation_few_have():
-    assert bench.selection([], "cuda") == ["guidance_step"]
+    assert bench.selection([], "cuda", torch.device("cuda")) == ["guidance_step"]
     with pytest.raises(ValueOptionError, match="impl: must be one of auto, "):
-        bench.selection([], "cdua")
+        bench.selection([], "cdua", CPU)
 
 
 def test_command_writes_json_and_lines(quick, tmp_path):

@@ -398,8 +398,8 @@ class FakeCuda:
         self.log.append("off side")
 
     @contextlib.contextmanager
-    def graph(self, graph, stream):
-        assert isinstance(stream, self.Stream)
+    def graph(self, graph, pool, stream):
+        assert isinstance(stream, self.Stream) and pool == (1, 2)
         self.log.append("begin")
         self.current = "side"
         try:
@@ -409,6 +409,9 @@ class FakeCuda:
                 raise RuntimeError(self.broken)  # the end of a broken capture; the stream stays
             self.current = "main"
             self.log.append("end")
+
+    def graph_pool_handle(self):
+        return 1, 2
 
     def work(self):
         self.log.append("work")
@@ -434,15 +437,19 @@ def test_cuda_warms_up_on_the_stream_that_captures():
     assert cuda.log[-1] == "replay"
 
 
-def test_a_broken_capture_gives_the_stream_back_and_its_own_reason():
+def test_a_broken_capture_gives_the_stream_back_and_its_own_reason(monkeypatch):
     cuda = FakeCuda(broken="capture was invalidated")
 
     def synchronises():
         raise ValueError("a value was read on the host")
 
+    ended = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: ended.append(args), raising=False)
+    backend = CudaBackend(GPU, cuda)
     with pytest.raises(ValueError, match="read on the host"):
-        CudaBackend(GPU, cuda).capture(synchronises)
+        backend.capture(synchronises)
     assert cuda.current == "main" and cuda.log[-2:] == ["current main", "synchronize"]
+    assert ended == [(0, (1, 2))] and len(backend.broken) == 1
     # One that breaks without a Python error: the end's own.
     with pytest.raises(RuntimeError, match="invalidated"):
         CudaBackend(GPU, FakeCuda(broken="capture was invalidated")).capture(lambda: [])
