@@ -26,7 +26,7 @@ from .console import Console
 from .session import Entry, Session, Source
 from .statements import statements
 from .timing import copy_bandwidth, gemm_rate
-from .variants import BASE, Variant, parse_all
+from .variants import BASE, Variant, default_attention_backend, parse_all
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 _MIN_ROUNDS = 3
@@ -203,7 +203,10 @@ def load(
         "decode": request.decode,
         "float32": request.float32,
         "text_seconds": text_seconds,
+        # As the user has them; the first is set by DIFFUSERS_ATTN_BACKEND.
+        "attention_backend": default_attention_backend(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     return source, settings

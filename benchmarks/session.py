@@ -199,6 +199,8 @@ class Session:
         if frames is not None and self._frames is not None:
             quality.check_not_black(frames, self._frames)
             out |= quality.compare_videos(frames, self._frames)
+            if "psnr" not in out:
+                entry.facts["notes"].append("no PSNR and SSIM: scikit-image is missing, pip install scikit-image")
         if self.float32 and self._call is not None:
             try:
                 out |= self._float32_error(entry, built)

@@ -196,6 +196,13 @@ def attention_backends() -> list[str]:
     return [backend.value for backend in AttentionBackendName]
 
 
+def default_attention_backend() -> str:
+    """What attention that names no backend dispatches to."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    return AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0]).value
+
+
 # From a pipeline to a variant of it -------------------------------------------------------------------------------
 
 _MODELS = ("transformer", "transformer_2", "vae")

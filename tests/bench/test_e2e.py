@@ -360,6 +360,13 @@ def test_no_float32_model_leaves_the_rest(source, quick, monkeypatch):
     assert "float32_error" not in rows["ours"]["quality"] and rows["ours"]["quality"]["psnr"]["min"] > 20
 
 
+def test_without_scikit_image_it_says_so(source, quick, monkeypatch):
+    monkeypatch.setattr(quality, "can_compare", lambda: False)
+    rows, _ = _rows(source, "ours", float32=False)
+    assert "psnr" not in rows["ours"]["quality"] and rows["ours"]["quality"]["max_error"] > 0
+    assert "scikit-image" in rows["ours"]["notes"][0] and rows["ours"]["rounds"] == 3
+
+
 def test_without_decoding_quality_is_of_the_latents(source, quick):
     rows, _ = _rows(Source(**{**vars(source), "decode": None}), "ours", float32=False)
     assert set(rows["ours"]["quality"]) == {"latents_error"} and 0 < rows["ours"]["quality"]["latents_error"] < 0.5
@@ -386,7 +393,8 @@ def test_command_writes_json_markdown_and_plots(tmp_path, quick, capsys):
     assert sorted(tmp_path.iterdir()) == sorted(paths)  # nothing else, no partial file
     result = results.read(paths[0])
     assert paths[0].name == "tiny-random-wan-32x32x5-cpu.json" and result["kind"] == "e2e"
-    assert set(result["settings"]) >= _SETTINGS and result["settings"]["tokens"] == 8 and "interrupted" not in result
+    assert set(result["settings"]) >= _SETTINGS and result["settings"]["tokens"] == 8
+    assert result["settings"]["attention_backend"] == "native" and "interrupted" not in result
     good, bad = result["rows"][1], result["rows"][2]
     assert set(good) >= _KEYS and "error" in bad and "seconds" not in bad
     assert set(good["seconds"]) == {"step", "denoise", "decode", "total", "first"}

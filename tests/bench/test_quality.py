@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -51,6 +52,12 @@ def test_frames_smaller_than_the_filter():
 def test_another_length_is_no_quality():
     with pytest.raises(BrokenVideo, match=r"\[2, 24, 32, 3\].*\[3, 24, 32, 3\]"):
         quality.compare_videos(VIDEO[:2], VIDEO)
+
+
+def test_without_scikit_image_there_is_the_maximum(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    found = quality.compare_videos(VIDEO + np.float32(0.25), VIDEO)
+    assert found == {"max_error": pytest.approx(0.25), "identical": False}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
