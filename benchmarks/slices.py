@@ -37,10 +37,11 @@ _FIRST = (
     "layer_norm_modulate",
 )
 _HARNESS = (
-    "registry.py", "timing.py", "backends.py", "ops.py",
+    "registry.py", "shapes.py", "eager.py", "timing.py", "backends.py", "ops.py", "ops_row.py", "baselines.py",
+    "agreement.py",
     "peer.py", "peers.py", "peers_attention.py", "peers_other.py", "peers_torch.py",
 )  # fmt: skip
-_TUNER = ("registry.py", "timing.py", "backends.py", "tune.py", "tune_search.py", "launches.py")
+_TUNER = ("registry.py", "shapes.py", "timing.py", "backends.py", "tune.py", "tune_search.py", "launches.py")
 _CLIPS = (
     "e2e.py", "session.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py",
     "models.py", "architecture.py", "families.py", "random_weights.py",
