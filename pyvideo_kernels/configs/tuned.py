@@ -8,6 +8,7 @@ that Triton, and as long as the kernel is the same; everything else takes the ru
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import contextvars
 import functools
@@ -325,7 +326,10 @@ def digest(op: str) -> str:
         if spec is None or spec.origin is None:
             raise ValueOptionError(f"configs: the source of {name} is not there")
         source = Path(spec.origin).read_text()
-        pending += [f"{package}.{found}" for found in sorted(re.findall(r"^from \.(\w+) import", source, re.M))]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                beside = [node.module] if node.module else [alias.name for alias in node.names]
+                pending += [f"{package}.{found}" for found in beside]
         for line in source.splitlines():
             if (text := line.rstrip()) and not text.lstrip().startswith("#"):
                 out.update(text.encode() + b"\n")

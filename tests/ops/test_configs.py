@@ -162,7 +162,7 @@ def test_the_package_s_tables_can_be_read():
 
 
 def test_the_digest_is_of_the_code_and_what_it_imports(tmp_path, monkeypatch):
-    files = {"rms_norm": "from .launch import cdiv\nx = 1\n", "launch": "y = 1\n"}
+    files = {"rms_norm": "from .launch import cdiv\nx = 1\n", "launch": "from . import pairs\ny = 1\n", "pairs": ""}
 
     def digest(**change):
         for name, text in {**files, **change}.items():
@@ -174,8 +174,9 @@ def test_the_digest_is_of_the_code_and_what_it_imports(tmp_path, monkeypatch):
         tuned.importlib.util, "find_spec", lambda name: find(name, tmp_path / f"{name.rpartition('.')[2]}.py")
     )
     first = digest()
-    assert digest(launch="# a comment\n\ny = 1  \n") == first
-    assert digest(launch="y = 2\n") != first
+    assert digest(launch="# a comment\nfrom . import pairs\n\ny = 1  \n") == first
+    assert digest(launch="from . import pairs\ny = 2\n") != first
+    assert digest(pairs="z = 1\n") != first
     assert digest(rms_norm="from .launch import cdiv\nx = 2\n") != first
 
 
