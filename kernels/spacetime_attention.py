@@ -18,9 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs.spacetime_attention import AttentionConfig, select
 from pyvideo_kernels.errors import UnsupportedError
-from pyvideo_kernels.ops.spacetime_attention import refuse_sparse
+from pyvideo_kernels.ops.spacetime_attention import refuse_precision, sees_all
 
+from .boxes import stride_unit
 from .launch import cdiv, on_device
+from .softmax import finish, soften
+from .windowed_attention import windowed_attention
 
 # Which text keys count (constexpr TEXT): all; the first kv_lens[b], text after the video; the same, text before it.
 _ALL, _SUFFIX, _PREFIX = 0, 1, 2
@@ -70,23 +73,6 @@ def _tail(i, head_stop, head_tiles, body_start, body_stop, body_tiles, BLOCK_N: 
     return start, tl.where(i == 0, head_stop, body_stop) - start
 
 
-@triton.jit
-def _soften(scores, acc, top, total, scale_log2):
-    """Fold a tile of raw scores into the running maximum (raw too: one FMA an element) and sum; returns weights."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores * scale_log2 - (new_top * scale_log2)[:, None])
-    decay = tl.exp2((top - new_top) * scale_log2)
-    return weights, acc * decay[:, None], new_top, total * decay + tl.sum(weights, 1)
-
-
-@triton.jit
-def _finish(acc, top, total, scale):
-    """Normalised rows and their natural-log LSE; zeros and -inf where no key was seen."""
-    seen = total > 0
-    divisor = tl.where(seen, total, 1.0)
-    return acc / divisor[:, None], tl.where(seen, top * scale + tl.log(divisor), float("-inf"))
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def _spacetime_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, lens_ptr,
@@ -129,7 +115,7 @@ def _spacetime_attention_fwd_kernel(
         else:
             k = tl.load(k_tile, mask=col_mask[None, :], other=0.0)
         scores = tl.dot(q, k.T, input_precision="ieee")
-        weights, acc, top, total = _soften(scores, acc, top, total, scale_log2)
+        weights, acc, top, total = soften(scores, acc, top, total, scale_log2)
         if D == BLOCK_D:
             v = tl.load(v_tile)
         else:
@@ -145,10 +131,10 @@ def _spacetime_attention_fwd_kernel(
         v_tile = v_head + n.to(tl.int64) * v_s + keys[:, None] * v_s + cols[None, :]
         k = tl.load(k_tile, mask=seen[:, None] & col_mask[None, :], other=0.0)
         scores = tl.where(seen[None, :], tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
-        weights, acc, top, total = _soften(scores, acc, top, total, scale_log2)
+        weights, acc, top, total = soften(scores, acc, top, total, scale_log2)
         v = tl.load(v_tile, mask=seen[:, None] & col_mask[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    out, lse = _finish(acc, top, total, scale)
+    out, lse = finish(acc, top, total, scale)
     row = (batch * s + first) * heads + head
     o_tile = o_ptr + row * D + queries[:, None] * (heads * D) + cols[None, :]
     tl.store(o_tile, out.to(o_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
@@ -178,20 +164,20 @@ def _spacetime_attention_descriptor_fwd_kernel(
     for i in tl.range(0, head_tiles + body_tiles):
         n = _tile_start(i, head_tiles, body_start, BLOCK_N)
         k = k_desc.load([box, n, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
-        weights, acc, top, total = _soften(tl.dot(q, k.T), acc, top, total, scale_log2)
+        weights, acc, top, total = soften(tl.dot(q, k.T), acc, top, total, scale_log2)
         v = v_desc.load([box, n, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
         acc = tl.dot(weights.to(v.dtype), v, acc)
     for i in tl.range(first_tail, last_tail, num_stages=1):
         n, count = _tail(i, head_stop, head_tiles, body_start, body_stop, body_tiles, BLOCK_N)
         k = k_desc.load([box, n, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
         scores = tl.where((keys < count)[None, :], tl.dot(q, k.T), float("-inf"))
-        weights, acc, top, total = _soften(scores, acc, top, total, scale_log2)
+        weights, acc, top, total = soften(scores, acc, top, total, scale_log2)
         v = v_desc.load([box, n, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
         if TEXT != 0:
             # Padding text may hold anything, and 0 times NaN is NaN; rows past S come as zeros.
             v = tl.where((keys < count)[:, None], v, 0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc)
-    out, lse = _finish(acc, top, total, scale)
+    out, lse = finish(acc, top, total, scale)
     o_desc.store([box, first, head, 0], out.to(o_desc.dtype).reshape(1, BLOCK_M, 1, BLOCK_D))
     if HAS_LSE:
         queries = first + tl.arange(0, BLOCK_M)
@@ -205,11 +191,6 @@ def descriptors_can_address(*tensors: Tensor) -> bool:
         if x.data_ptr() % 16 or any(stride <= 0 or stride * x.element_size() % 16 for stride in strides):
             return False
     return True
-
-
-def _unit(*tensors: Tensor) -> int:
-    """Elements, up to 16 bytes of them, that all strides are a multiple of."""
-    return math.gcd(16 // tensors[0].element_size(), *(stride for x in tensors for stride in x.stride()[:3]))
 
 
 def _descriptor(x: Tensor, rows: int, config: AttentionConfig) -> TensorDescriptor:
@@ -237,7 +218,7 @@ def launch_fwd(
     text = _ALL if kv_lens is None else _PREFIX if text_side == "prefix" else _SUFFIX
     body_start = text_len if text == _PREFIX else 0
     shape = (s, heads, heads // k.shape[2], tiles, 0, body_start, s, text_len, scale, scale * math.log2(math.e))
-    unit = _unit(q, k, v)
+    unit = stride_unit(q, k, v)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     with on_device(q):
         if config.descriptors:
@@ -271,14 +252,18 @@ def spacetime_attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """``impl="triton"`` of the op."""
-    refuse_sparse("triton", window, causal_time, precision)
+    refuse_precision("triton", precision)
     if q.dtype == torch.float64:
         raise UnsupportedError("spacetime_attention: impl 'triton' has no float64; use impl='reference' or 'sdpa'")
+    if not sees_all(grid, window, causal_time):
+        return windowed_attention(
+            q, k, v, grid, window, stride, causal_time, text_len, text_side, kv_lens, scale, return_lse
+        )
     b, s, heads, head_dim = q.shape
     out = q.new_empty((b, s, heads, head_dim))
     lse = q.new_empty((b, heads, s) if return_lse else (0,), dtype=torch.float32)
     aligned = descriptors_can_address(q, k, v, out)
-    vectors = _unit(q, k, v) * q.element_size() >= 8
+    vectors = stride_unit(q, k, v) * q.element_size() >= 8
     config = select(arch_for(q), head_dim=head_dim, itemsize=q.element_size(), aligned=aligned, vectors=vectors)
     if max(x.stride(1) for x in (q, k, v)) * max(config.block_m, config.block_n) >= 2**31:
         raise UnsupportedError("spacetime_attention: impl 'triton' needs tokens less than 2^24 elements apart")

@@ -162,7 +162,9 @@ def spacetime_attention_sdpa(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """``impl="sdpa"`` of the op: torch's ``scaled_dot_product_attention`` on transposed views."""
-    refuse_sparse("sdpa", window, causal_time, precision)
+    refuse_precision("sdpa", precision)
+    if not sees_all(grid, window, causal_time):
+        raise UnsupportedError(f"{_OP}: impl 'sdpa' is dense; use impl='triton' for a window or causal time")
     if return_lse:
         raise UnsupportedError(f"{_OP}: impl 'sdpa' gives no lse; use impl='triton' or 'reference'")
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
@@ -184,15 +186,15 @@ def spacetime_attention_sdpa(
     return out.transpose(1, 2).contiguous(), lse
 
 
-def refuse_sparse(impl: str, window: Sequence[int] | None, causal_time: bool, precision: str) -> None:
-    """For implementations that are dense so far: raise rather than attend to too much."""
-    for given, name in ((window is not None, "window"), (causal_time, "causal_time")):
-        if given:
-            raise UnsupportedError(
-                f"{_OP}: `{name}` is not built yet in impl {impl!r}; use impl='reference' (exact, slow) or leave it out"
-            )
+def sees_all(grid: Sequence[int], window: Sequence[int] | None, causal_time: bool) -> bool:
+    """Whether every query sees the whole grid: for no head is a window shorter than an axis, and time is not cut."""
+    return not (causal_time and grid[0] > 1) and (window is None or all(n >= grid[i % 3] for i, n in enumerate(window)))
+
+
+def refuse_precision(impl: str, precision: str) -> None:
+    """For implementations of the native precision alone."""
     if precision != "native":
-        raise UnsupportedError(f"{_OP}: precision {precision!r} is not built yet; use precision='native'")
+        raise UnsupportedError(f"{_OP}: precision {precision!r} is not built in impl {impl!r}; use precision='native'")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
