@@ -15,19 +15,23 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
-import math
 import pkgutil
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import ValueOptionError
+from .neighbours import MAX_TILE_REGISTERS as MAX_TILE_REGISTERS
+from .neighbours import around as around
+from .neighbours import combinations as combinations
+from .neighbours import distance
+from .neighbours import require as require
+from .neighbours import threads as threads
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent
@@ -157,7 +161,7 @@ class Family(Generic[C]):
         rule = self.rule(arch, **shape)
         legal = {c: None for c in self._nearby(arch, rule, **shape) if c != rule}
         ordered = sorted(
-            (c for c in legal if self.illegal(c, arch, **shape) is None), key=functools.partial(_distance, rule)
+            (c for c in legal if self.illegal(c, arch, **shape) is None), key=functools.partial(distance, rule)
         )
         return [rule, *ordered][: self.limit]
 
@@ -182,65 +186,6 @@ def _import_families() -> None:
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-
-
-# Candidates ------------------------------------------------------------------------------------------------------
-
-
-def combinations(config: C, **choices: Iterable[Any]) -> Iterator[C]:
-    """``config`` with every combination of ``choices`` of its fields that makes a configuration."""
-    for values in itertools.product(*map(tuple, choices.values())):
-        with contextlib.suppress(ValueOptionError):
-            yield replace(config, **dict(zip(choices, values, strict=True)))  # type: ignore[type-var]
-
-
-def around(value: int, *, steps: int = 1) -> list[int]:
-    """``value`` halved and doubled up to ``steps`` times, itself first."""
-    out = [value]
-    for step in range(1, steps + 1):
-        out += [value << step, value >> step]
-    return [n for n in out if n >= 1]
-
-
-def threads(arch: str, num_warps: int) -> int:
-    """Threads of a block."""
-    return num_warps * (64 if arch.startswith("gfx") else 32)
-
-
-# fp32 elements a thread can hold in tiles and still have registers for addresses.
-MAX_TILE_REGISTERS = 176
-
-
-def _distance(rule: Any, config: Any) -> float:
-    """Halvings and doublings between two configurations; changing what a warp holds counts once more.
-
-    A tile twice as large with twice the warps is nearer than either alone, which is how good tiles lie.
-    """
-    away = 0.0
-    for f in fields(rule):
-        a, b = getattr(rule, f.name), getattr(config, f.name)
-        if isinstance(a, bool):
-            away += 2.0 * (a != b)  # another kernel altogether
-        elif f.name == "num_stages":
-            away += abs(a - b)
-        else:
-            away += abs(math.log2(a / b)) if a and b else float(a != b)
-    return away + abs(math.log2(config.per_warp / rule.per_warp))
-
-
-def require(config: Any, *, powers: tuple[str, ...], at_least: int = 1, tile: int = 0) -> None:
-    """What every configuration must hold: powers of two, a number of warps and stages that exists."""
-    name = type(config).__name__
-    for field_name in (*powers, "num_warps"):
-        value, low = getattr(config, field_name), 1 if field_name == "num_warps" else at_least
-        if not isinstance(value, int) or value < low or value & (value - 1):
-            raise ValueOptionError(f"{name}: `{field_name}` must be a power of two from {low} on; got {value!r}")
-    if config.num_warps > 16:
-        raise ValueOptionError(f"{name}: `num_warps` must be at most 16; got {config.num_warps}")
-    if not 1 <= getattr(config, "num_stages", 1) <= 8:
-        raise ValueOptionError(f"{name}: `num_stages` must be from 1 to 8; got {config.num_stages!r}")
-    if tile > 65536:
-        raise ValueOptionError(f"{name}: a tile has at most 65536 elements; got {tile}")
 
 
 # Forcing and recording -------------------------------------------------------------------------------------------
