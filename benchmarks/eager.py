@@ -92,7 +92,7 @@ def final_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: T
     return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def spacetime_attention(q: Tensor, k: Tensor, v: Tensor, grid: Any) -> Tensor:
+def spacetime_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 

@@ -214,17 +214,18 @@ def _final_bytes(grid: Any, width: int, channels: int, dtype: torch.dtype) -> in
 # Attention ----------------------------------------------------------------------------------------------------
 
 
-def _attention_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: Any) -> dict[str, Any]:
-    q, k, v = (_rand(1, prod(grid), heads, head_dim, dtype=dtype, device=device) for _ in range(3))
-    return {"q": q, "k": k, "v": v, "grid": grid}
+def _attention_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: Any, text: int = 0) -> dict[str, Any]:
+    q, k, v = (_rand(1, prod(grid) + text, heads, head_dim, dtype=dtype, device=device) for _ in range(3))
+    inputs = {"q": q, "k": k, "v": v, "grid": grid}
+    return {**inputs, "text_len": text, "text_side": "prefix"} if text else inputs
 
 
-def _attention_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    return 4 * prod(grid) * heads * head_dim * dtype.itemsize
+def _attention_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype, text: int = 0) -> int:
+    return 4 * (prod(grid) + text) * heads * head_dim * dtype.itemsize
 
 
-def _attention_flops(grid: Any, heads: int, head_dim: int) -> float:
-    return 4.0 * prod(grid) ** 2 * heads * head_dim
+def _attention_flops(grid: Any, heads: int, head_dim: int, text: int = 0) -> float:
+    return 4.0 * (prod(grid) + text) ** 2 * heads * head_dim
 
 
 # VAE ----------------------------------------------------------------------------------------------------------

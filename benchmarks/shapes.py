@@ -89,7 +89,7 @@ ATTENTION_GPU: Shapes = {
     "wan-5b-704p": {"grid": WAN_5B_704P, "heads": 24, "head_dim": 128},
     "hunyuan-720p": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128},
     "ltx-512p": {"grid": LTX_512P, "heads": 32, "head_dim": 64},
-    "cogvideox-480p": {"grid": COG_480P, "heads": 48, "head_dim": 64},
+    "cogvideox-480p": {"grid": COG_480P, "heads": 48, "head_dim": 64, "text": COG_TEXT},
 }
 ATTENTION_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128}}
 

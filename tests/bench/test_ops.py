@@ -34,7 +34,7 @@ def small(sizes):
 
 # One case for each way in which a model has a layer, not for each clip.
 CASES = {
-    (name, sizes.get("style", "wan")): small(sizes)
+    (name, "text" if "text" in sizes else sizes.get("style", "wan")): small(sizes)
     for name, entry in ENTRIES.items()
     for shapes in (entry.gpu, entry.cpu)
     for sizes in shapes.values()
