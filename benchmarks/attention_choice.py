@@ -17,13 +17,13 @@ import torch
 from pyvideo_kernels.errors import UnsupportedError
 
 from . import quality
-from .clips import Clock
+from .clips import Clock, turns
 from .variants import BEST, set_attention_backend, sharing_copy
 
 EXACT = ("native", "_native_flash", "_native_cudnn", "_native_efficient", "flash", "_flash_3", "xformers")
 """Backends that compute attention as the model defines it: none that quantises, downloads, or is made for checking."""
 
-_RUNS = 3
+_ROUNDS = 4
 # How far the prediction of a model may move when its attention rounds differently; a dropped mask moves it further.
 _TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-3}
 
@@ -64,12 +64,12 @@ def choose(
         UnsupportedError: the model's attention does not ask diffusers for a backend.
     """
     choice = Choice()
-    own = copy.copy(pipe)
-    own.transformer, own.transformer_2 = sharing_copy(pipe.transformer), None
-    set_attention_backend(own, "native")
+    set_attention_backend(_copy(pipe), "native")
     reference = quality.velocity(pipe.transformer, call)
     tolerance = _TOLERANCE[pipe.transformer.dtype]
+    ready: dict[str, Any] = {}
     for name in EXACT:
+        own = _copy(pipe)
         try:
             dropped = set_attention_backend(own, name)
             if dropped and _has_mask(call):
@@ -77,10 +77,21 @@ def choose(
             error = quality.relative_error(quality.velocity(own.transformer, call), reference)
             if not error <= tolerance:
                 raise UnsupportedError(f"predicts something else: relative error {error:.2g}")
-            choice.seconds[name] = statistics.median(_timed(own, call, clock) for _ in range(_RUNS))
+            ready[name] = own
         except Exception as error:
             choice.refused[name] = describe(error)
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for number in range(_ROUNDS):
+        for name in turns(list(ready), number):
+            seconds[name].append(_timed(ready[name], call, clock))
+    choice.seconds = {name: statistics.median(values) for name, values in seconds.items()}
     return choice
+
+
+def _copy(pipe: Any) -> Any:
+    own = copy.copy(pipe)
+    own.transformer, own.transformer_2 = sharing_copy(pipe.transformer), None
+    return own
 
 
 def _timed(pipe: Any, call: tuple[tuple[Any, ...], dict[str, Any]], clock: Clock) -> float:
