@@ -105,6 +105,12 @@ def _with_gradients(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return grads, *args, [named[argument] is not None for argument in op.differentiable]
 
 
+def samples_of(op: str, dtype: torch.dtype) -> list[Launch]:
+    """The oracle's own samples of an op, as launches."""
+    name = str(dtype).removeprefix("torch.")
+    return [Launch(op, f"{_SAMPLE}{index}", name) for index, _ in enumerate(samples(OPS[op], dtype))]
+
+
 def launches_of(op: str, device: torch.device, dtype: torch.dtype) -> list[Launch]:
     """What is tuned of an op: every registered GPU shape, forward and backward; on a CPU the oracle's first sample."""
     name = str(dtype).removeprefix("torch.")
@@ -145,13 +151,13 @@ def _nothing_launched() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """A launch to compile with one configuration in place."""
+    """A launch to compile, with one configuration in place; without a ``family`` as rules have it."""
 
     launch: Launch
     arch: str
-    family: str
-    key: Key
-    config: Any
+    family: str = ""
+    key: Key = ()
+    config: Any = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ class Compiled:
 def compile_job(job: Job) -> Compiled:
     """Compile in this process, which must not be one where Triton interprets."""
     try:
-        with static.compiling_for(job.arch) as kernels, forced_config(job.family, job.config, **dict(job.key)):
+        forced = forced_config(job.family, job.config, **dict(job.key)) if job.family else contextlib.nullcontext()
+        with static.compiling_for(job.arch) as kernels, forced:
             job.launch.run(job.launch.args(META))
         return Compiled(tuple(static.read(kernel, job.arch) for kernel in kernels))
     except Exception as error:

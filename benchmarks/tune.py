@@ -230,6 +230,7 @@ def _search(search: Search, todo: Sequence[Question], table: Table, summary: Sum
         try:
             search.check_time()
             if question.op not in red:
+                search.prepare(question)
                 red[question.op] = _red(question, search.device)
             if red[question.op]:
                 summary.wrong.append(f"{question.op}: {red[question.op]}")
@@ -253,7 +254,7 @@ def _search(search: Search, todo: Sequence[Question], table: Table, summary: Sum
 
 def _red(question: Question, device: torch.device) -> str:
     """What the oracle says against the rule's own output; empty: nothing."""
-    dtype = getattr(torch, question.launches[0].dtype)
+    dtype = getattr(torch, question.dtype)
     try:
         with forced_arch(str(target_of(device))):
             check_op(OPS[question.op], "triton", device, dtype, partial=True)

@@ -17,7 +17,7 @@ from pyvideo_kernels.configs import forced_arch, forced_config, target_of, tuned
 from pyvideo_kernels.testing.conditions import poisoned
 
 from .backends import backend_for
-from .launches import Compiled, Compiler, Job, Launch
+from .launches import Compiled, Compiler, Job, Launch, samples_of
 from .registry import weight_of
 from .timing import Rotation, Timing, interleaved
 
@@ -50,6 +50,10 @@ class Question:
     @property
     def op(self) -> str:
         return self.launches[0].op
+
+    @property
+    def dtype(self) -> str:
+        return self.launches[0].dtype
 
     def __str__(self) -> str:
         return f"{self.family} " + ", ".join(f"{name}={value}" for name, value in self.key)
@@ -106,6 +110,14 @@ class Search:
         if len(done) < len(jobs):
             raise OutOfTime
         return misfits(done)
+
+    def prepare(self, question: Question) -> None:
+        """Compile what the oracle's samples launch, and begin with the question: one by one it takes a minute."""
+        if self.compiler is not None and self.device.type == "cuda":
+            jobs = [Job(launch, self.arch) for launch in samples_of(question.op, getattr(torch, question.dtype))]
+            self.compiler.ahead(jobs)
+            self.ahead(question)
+            self.compiler.compile(jobs, self.until)
 
     def ahead(self, question: Question) -> None:
         """Have the first jobs of a question compiled while another is being timed."""

@@ -16,6 +16,8 @@ from pyvideo_kernels.benchmarks.timing import Timing
 from pyvideo_kernels.benchmarks.tune_search import OutOfTime, Question, Search
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
+from pyvideo_kernels.schemas import OPS
+from pyvideo_kernels.testing.compare import samples
 from pyvideo_kernels.testing.static import Reading
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +153,27 @@ def test_a_rule_that_spills_is_still_what_others_are_held_to():
 
     row = Search(CPU, "sm_90", Stub(), timer=Clock(rows_four), say=lambda line: None).answer(asked)
     assert not row["tuned"] and row["dropped"] == {"spills": row["candidates"] - 1}
+
+
+def test_the_oracle_s_samples_are_compiled_before_they_are_run():
+    begun, asked = [], []
+
+    class Stub:
+        def ahead(self, jobs):
+            begun.extend(jobs)
+
+        def compile(self, jobs, until):
+            asked.extend(jobs)
+            return {}
+
+    search = Search(CPU, "sm_90", Stub())
+    search.prepare(question())
+    assert not begun  # the interpreter compiles nothing
+    search.device = torch.device("cuda")
+    search.candidates = lambda question: ["one", "two"]
+    search.prepare(question())
+    assert len(asked) == len(list(samples(OPS["rms_norm_silu"], torch.float16))) and not any(j.family for j in asked)
+    assert begun[: len(asked)] == asked and [job.config for job in begun[len(asked) :]] == ["one", "two"]
 
 
 def test_work_the_compilers_did_not_finish_is_not_guessed():
@@ -381,7 +404,7 @@ def compile_in_processes(folder):
     (asked,) = launches.asked(good, "sm_90")
     rule, other, *_ = tuned.families()[asked.family].candidates("sm_90", **dict(asked.key))
     jobs = [Job(good, "sm_90", asked.family, asked.key, other), Job(Deadly(), "sm_90", asked.family, asked.key, rule)]
-    far = []
+    far = [Job(Launch("rms_norm_silu", "sample 1", "bfloat16"), "sm_90")]
     for op, shape in (("gate_residual", "wan-14b-480p"), ("patch_embed3d", "wan-1.3b-480p")):
         launch = Launch(op, shape, "bfloat16")
         (each,) = launches.asked(launch, "sm_90")
@@ -423,7 +446,7 @@ def test_compiling_in_processes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     first, *lines = done.stdout.splitlines()
-    assert first == "far [None, None]"
+    assert first == "far [None, None, None]"
     assert lines[0] == "misfits [None, 'compiler'] the compiler crashed"
     assert lines[1] == "compiled here []"
     assert lines[2] == "compiled here ['_rms_norm_silu_fwd_kernel']"
