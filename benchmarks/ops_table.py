@@ -102,20 +102,26 @@ class RichPrinter:
     """
 
     def __init__(self, device: torch.device, console: Any, single: bool = False) -> None:
+        from rich.live import Live
+
         self.device = device
         self.console, self.single = console, single
         self.rows: list[Row] = []
-        self.status = console.status("")
+        # Drawn when told to and at no other time: a spinner's thread would be in the measurement.
+        self.status = Live(console=console, auto_refresh=False, transient=True)
 
     def start(self, result: dict[str, Any]) -> None:
         self.console.print(ceiling_line(result), highlight=False)
         self.status.start()
 
     def row(self, row: Row) -> None:
+        from rich.text import Text
+
         if self.rows and self.rows[-1]["op"] != row["op"] and not self.single:
             self._flush()
         self.rows.append(row)
-        self.status.update(f"{row['op']} {row['shape']}: {'wrong' if 'error' in row else 'done'}; measuring the next")
+        text = f"{row['op']} {row['shape']}: {'wrong' if 'error' in row else 'done'}; measuring the next"
+        self.status.update(Text(text, style="dim"), refresh=True)
 
     def finish(self, result: dict[str, Any]) -> None:
         from rich.text import Text
