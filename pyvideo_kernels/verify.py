@@ -23,6 +23,7 @@ from . import dispatch, verdicts
 from .errors import UnsupportedError
 from .recording import Call, tensors
 from .schemas import OPS, Op
+from .testing import conditions
 from .testing.compare import Mismatch, check_call, check_op, move, product_modes, samples
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -194,13 +195,15 @@ def _check(call: Call, impl: str) -> None:
             "call": lambda *args: _take(dispatch.load(op, impl)(*args), at.to(call.device)),
             "oracle": lambda *args: attention_rows(*args, rows=at.to(args[0].device)),
         }
-    for mode in product_modes(op, impl, call.device, call.dtype):
-        try:
-            check_call(op, impl, move(call.args, call.device), label, mode=mode, **options)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            args = move(call.args, call.device)
-            check_call(op, impl, args, label, mode=mode, oracle_device=torch.device("cpu"), **options)
+    # As the user has set the switch: this is the product that the model makes.
+    modes = product_modes(op, impl, call.device, call.dtype)
+    mode = "tf32" if "tf32" in modes and conditions.tf32_convolutions() else "ieee"
+    try:
+        check_call(op, impl, move(call.args, call.device), label, mode=mode, **options)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        args = move(call.args, call.device)
+        check_call(op, impl, args, label, mode=mode, oracle_device=torch.device("cpu"), **options)
 
 
 def _sampled_rows(op: Op, args: tuple[Any, ...]) -> list[int]:

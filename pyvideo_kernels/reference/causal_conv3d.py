@@ -73,11 +73,11 @@ def summed(
     stride: Sequence[int],
     pad_mode: str,
     residual: Tensor | None,
-) -> tuple[int, Tensor]:
-    """Products in the sum behind an output element, and the sum of their magnitudes."""
+) -> dict[int, Tensor]:
+    """√terms Σ|a b| of the sum of products behind each element."""
     absolute = [None if t is None else t.abs() for t in (x, weight, bias, cache, residual)]
     x, weight, bias, cache, residual = absolute  # type: ignore[assignment]
-    return weight[0].numel(), causal_conv3d(x, weight, bias, cache, stride, pad_mode, residual)
+    return {0: causal_conv3d(x, weight, bias, cache, stride, pad_mode, residual) * weight[0].numel() ** 0.5}
 
 
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -87,12 +87,12 @@ def summed(
     grid: Sequence[int],
     patch: Sequence[int],
     eps: float,
-) -> tuple[int, Tensor]:
-    """Products in the sum behind an output element, and the sum of their magnitudes."""
+) -> dict[int, Tensor]:
+    """√terms Σ|a b| of the sum of products behind each element."""
     y = layer_norm_modulate(x, scale, shift, None, None, eps).abs() @ weight.abs().T
     if bias is not None:
         y = y + bias.abs()
-    return weight.shape[1], unpatchify(y, grid, patch)
+    return {0: unpatchify(y, grid, patch) * weight.shape[1] ** 0.5}
 
 
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:

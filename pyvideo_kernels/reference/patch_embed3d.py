@@ -61,10 +61,10 @@ def patch_embed3d_backward(
     return out
 
 
-def summed(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int]) -> tuple[int, Tensor]:
-    """Products in the sum behind an output element, and the sum of their magnitudes."""
+def summed(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int]) -> dict[int, Tensor]:
+    """√terms Σ|a b| of the sum of products behind each element."""
     magnitude = patch_embed3d(video.abs(), weight.abs(), None if bias is None else bias.abs(), patch)
-    return weight[0].numel(), magnitude
+    return {0: magnitude * weight[0].numel() ** 0.5}
 
 
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -235,10 +235,10 @@ def _samples(dtype: torch.dtype, head_dim: int | None) -> Iterator[dict[str, Any
     yield {**plain, "q": q, "k": k, **weights, **table(2, 1, 2, d), "rotary_stop": 1, "eps": 1e-5}
     # Cross-attention: other lengths, no rotation; one token.
     d = dim(6)
-    q, k = randn(1, 1, 3, d, dtype=dtype, g=g), randn(1, 4, 3, d, dtype=dtype, g=g)
+    q, k = randn(7, 1, 3, d, dtype=dtype, g=g), randn(7, 4, 3, d, dtype=dtype, g=g)
     yield {**plain, "q": q, "k": k, **vectors(3 * d, 3 * d, "weight")}
     # Rotation alone, and a layer norm across heads without affine.
     yield {**plain, "q": q, "k": q.clone(), "norm": "none", **table(1, 1, 1, d, layout="half")}
     d = dim(10)
-    q, k = (randn(1, 2, 2, d, dtype=dtype, g=g, mean=3.0) for _ in range(2))
-    yield {**plain, "q": q, "k": k, "norm_type": "layer", **table(1, 2, 1, d)}
+    q, k = (randn(3, 5, 2, d, dtype=dtype, g=g, mean=3.0) for _ in range(2))
+    yield {**plain, "q": q, "k": k, "norm_type": "layer", **table(1, 5, 1, d)}

@@ -127,6 +127,93 @@ def spacetime_attention(
     return out, lse
 
 
+def summed(
+    q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window: Sequence[int] | None, stride: Sequence[int],
+    causal_time: bool, text_len: int, text_side: str, kv_lens: Tensor | None, scale: float, return_lse: bool,
+    precision: str,
+) -> dict[int, Tensor]:  # fmt: skip
+    """√terms Σ|a b| of the sums of products behind each element.
+
+    A score is off by as much as its own sum, the log of a sum of exponentials by no more than the scores are, and the
+    weights by twice that; then there is the sum over the keys.
+    """
+    rest = (grid, window, stride, causal_time, text_len, text_side, kv_lens, scale, return_lse, precision)
+    mixed, _ = spacetime_attention(q, k, v.abs(), *rest)
+    b, s, heads, head_dim = q.shape
+    keys = k.abs().repeat_interleave(heads // k.shape[2], 2).permute(0, 2, 3, 1)
+    rows = max(1, _MAX_SCORES // max(1, b * heads * s))
+    largest = [
+        torch.matmul(part.abs().transpose(1, 2), keys).amax(-1) for part in q.split(rows, 1) if s
+    ]  # fmt: skip
+    scores = torch.cat(largest, -1) * scale * head_dim**0.5 if largest else q.new_zeros((b, heads, s))
+    out = {0: (2 * scores.transpose(1, 2).unsqueeze(-1) + s**0.5) * mixed}
+    return out | ({1: scores} if return_lse else {})
+
+
+def spacetime_attention_backward(
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int] | None,
+    stride: Sequence[int],
+    causal_time: bool,
+    text_len: int,
+    text_side: str,
+    kv_lens: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    precision: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of (q, k, v), those in ``needs``, from explicit weights, a bounded number of query rows at a time.
+
+        dv = Pᵀ·do,   ds = P ∘ (do·vᵀ - Σ P ∘ (do·vᵀ) + dlse),   dq = scale · ds·k,   dk = scale · dsᵀ·q
+
+    The weights P are computed again: what the forward rounded is not used.
+    """
+    b, s, heads, _ = q.shape
+    groups = k.shape[2]
+    dtype = compute_dtype(q)
+    do, dlse = grads
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
+    visible = _Visibility(grid, window, stride, causal_time, text_len, text_side, q.device)
+    rows = max(1, _MAX_SCORES // max(1, heads * s))
+
+    def split(x: Tensor) -> Tensor:
+        """``[rows, heads, D]`` as ``[groups, heads of a group, rows, D]``."""
+        return up(x, dtype).unflatten(1, (groups, heads // groups)).permute(1, 2, 0, 3)
+
+    for batch in range(b):
+        keys, values = (up(x[batch], dtype).transpose(0, 1).unsqueeze(1) for x in (k, v))  # [groups, 1, S, D]
+        for start in range(0, s, rows):
+            stop = min(s, start + rows)
+            queries = split(q[batch, start:stop])
+            scores = torch.matmul(queries, keys.mT) * scale
+            mask = visible.rows(start, stop, None if kv_lens is None else kv_lens[batch])
+            if mask is not None:
+                mask = mask.expand(heads, -1, -1).unflatten(0, (groups, heads // groups))
+                scores = scores.masked_fill(~mask, -math.inf)
+            top = scores.amax(-1, keepdim=True)
+            weights = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / torch.where(total == 0, 1.0, total)
+            dscores = torch.zeros_like(weights)
+            if do is not None:
+                d_out = split(do[batch, start:stop])
+                dv[batch] += torch.matmul(weights.mT, d_out).sum(1).transpose(0, 1)
+                dscores = torch.matmul(d_out, values.mT)
+                dscores = dscores - (weights * dscores).sum(-1, keepdim=True)
+            if dlse is not None and return_lse:
+                dscores = dscores + up(dlse[batch, :, start:stop], dtype).unflatten(0, (groups, -1)).unsqueeze(-1)
+            dscores = weights * dscores * scale
+            dq[batch, start:stop] = torch.matmul(dscores, keys).flatten(0, 1).transpose(0, 1)
+            dk[batch] += torch.matmul(dscores.mT, queries).sum(1).transpose(0, 1)
+    return [x.to(q.dtype) for x, need in zip((dq, dk, dv), needs, strict=True) if need]
+
+
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
     """Ragged grids, one token, odd head dims, grouped heads, packed and permuted views, text on both sides.
 
@@ -162,6 +249,6 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
     yield {**dense, "q": q, "k": k, "v": v, "scale": 0.1, "grid": (5, 2, 2), "return_lse": False}
     wide = separate(1, 33, 1, 1, dim(64), scale=16.0)
     yield {**dense, **wide, "grid": (3, 1, 11)}
-    # Text alone, none of it valid: zeros and -inf.
-    nothing = {"text_len": 3, "kv_lens": torch.tensor([0, 2])}
-    yield {**dense, **separate(2, 3, 1, 1, dim(64), scale=8.0), "grid": (0, 0, 0), **nothing}
+    # Text alone, none of it valid in one row of the batch: zeros and -inf.
+    nothing = {"text_len": 23, "kv_lens": torch.tensor([0, 17])}
+    yield {**dense, **separate(2, 23, 1, 1, dim(64), scale=8.0), "grid": (0, 0, 0), **nothing}

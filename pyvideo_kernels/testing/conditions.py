@@ -57,6 +57,11 @@ def products(conv: str = "ieee") -> Iterator[None]:
             place.fp32_precision = value
 
 
+def tf32_convolutions() -> bool:
+    """Whether the user lets cuDNN compute convolutions in TF32 (torch's default)."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 def truncate_tf32(x: Tensor) -> Tensor:
     """fp32 values as a TF32 product reads them: ten bits of mantissa, the rest dropped."""
     out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

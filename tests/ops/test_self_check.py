@@ -187,8 +187,9 @@ def test_a_tf32_product_is_right_where_tf32_is_allowed_and_wrong_where_not():
         return conv.causal_conv3d(x, weight, bias, cache, *rest)
 
     compare.check_call(op, "triton", args, "tf32", tf32, "tf32")
-    with pytest.raises(Mismatch):
-        compare.check_call(op, "triton", args, "ieee", tf32, "ieee")
+    for any_order in (False, True):
+        with pytest.raises(Mismatch):
+            compare.check_call(op, "triton", args, "ieee", tf32, "ieee", any_order=any_order)
 
     def careless(*call):
         return tf32(*call) * (1 + 2**-8)
@@ -218,6 +219,38 @@ def test_any_order_of_a_long_sum_is_granted_to_real_calls_and_nothing_more():
     compare.check_call(op, "reference", args, "sum", one_by_one, any_order=True)
     with pytest.raises(Mismatch):
         compare.check_call(op, "reference", args, "sum", lambda *a: one_by_one(*a) * (1 + 2**-13), any_order=True)
+
+
+def test_scores_added_in_another_order_are_granted_to_an_attention_and_ten_times_that_is_not():
+    op = OPS["spacetime_attention"]
+    cases = [case for case in compare.samples(op, torch.float16, head_dim=128) if case["return_lse"]]
+    for kwargs in cases:
+        args = op.bind(**kwargs)
+        allowed = attention.summed(*compare.to_float64(args))[1]
+
+        def off_by(share, allowed=allowed):
+            def call(*given):
+                out, lse = attention.spacetime_attention(*given)
+                return out, lse + (share * 2.0**-24 * allowed).to(lse.dtype)
+
+            return call
+
+        compare.check_call(op, "reference", args, "lse", off_by(0.8), any_order=True)
+        with pytest.raises(Mismatch, match="output 1"):
+            compare.check_call(op, "reference", args, "lse", off_by(10), any_order=True)
+
+
+def test_a_model_is_judged_with_the_products_it_makes(monkeypatch):
+    """A canary is about both positions of the TF32 switch, a model's call about the one that is set."""
+    op = OPS["causal_conv3d"]
+    modes = []
+    monkeypatch.setattr(verify, "product_modes", lambda *_: ("ieee", "tf32"))
+    monkeypatch.setattr(verify, "check_call", lambda *_, mode, **__: modes.append(mode))
+    call = _call(op.name, next(compare.samples(op, torch.float32)))
+    for allowed in (True, False):
+        with conditions.products(conv="tf32" if allowed else "ieee"):
+            verify.verify_call(call, "cpu")
+    assert modes == ["tf32", "ieee"]
 
 
 # What auto makes of it ------------------------------------------------------------------------------------------
