@@ -21,9 +21,12 @@ from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.ops.spacetime_attention import refuse_precision, sees_all
 
 from .boxes import stride_unit
-from .launch import cdiv, on_device
+from .launch import cdiv, on_device, refuse_float64
 from .softmax import finish, soften
 from .windowed_attention import windowed_attention
+from .windowed_attention_backward import windowed_attention_backward
+
+_OP = "spacetime_attention"
 
 # Which text keys count (constexpr TEXT): all; the first kv_lens[b], text after the video; the same, text before it.
 _ALL, _SUFFIX, _PREFIX = 0, 1, 2
@@ -253,8 +256,7 @@ def spacetime_attention(
 ) -> tuple[Tensor, Tensor]:
     """``impl="triton"`` of the op."""
     refuse_precision("triton", precision)
-    if q.dtype == torch.float64:
-        raise UnsupportedError("spacetime_attention: impl 'triton' has no float64; use impl='reference' or 'sdpa'")
+    refuse_float64(_OP, q)
     if not sees_all(grid, window, causal_time):
         return windowed_attention(
             q, k, v, grid, window, stride, causal_time, text_len, text_side, kv_lens, scale, return_lse
@@ -270,3 +272,37 @@ def spacetime_attention(
     if out.numel():
         launch_fwd(q, k, v, out, lse if return_lse else None, kv_lens, text_len, text_side, scale, config)
     return out, lse
+
+
+def spacetime_attention_backward(
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int] | None,
+    stride: Sequence[int],
+    causal_time: bool,
+    text_len: int,
+    text_side: str,
+    kv_lens: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    precision: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """``impl="triton"`` of the backward: one pair of kernels for dense and windowed; dense is the widest window."""
+    refuse_precision("triton", precision)
+    refuse_float64(_OP, q)
+    out, lse = outputs
+    do, dlse = grads
+    where = (grid, window, stride, causal_time, text_len, text_side, kv_lens, scale)
+    if not return_lse:
+        # The forward was not asked for what the backward stands on (the public function asks).
+        out, lse = spacetime_attention(q, k, v, *where, True, precision)
+    return windowed_attention_backward(
+        torch.zeros_like(out) if do is None else do,
+        dlse.contiguous() if dlse is not None and return_lse else None,
+        out, lse, q, k, v, *where, needs,
+    )  # fmt: skip

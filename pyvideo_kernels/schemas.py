@@ -30,6 +30,8 @@ class Op:
     impls: Mapping[str, str]
     # Arguments that may receive a gradient, in schema order; empty: the op has no backward.
     differentiable: tuple[str, ...] = ()
+    # Whether the backward is given the forward's outputs, after the gradients.
+    saves_outputs: bool = False
     # Order in which ``impl="auto"`` tries implementations, by device type; absent: dispatch.AUTO_ORDER.
     auto: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # The argument ``[B, S, heads, head_dim]`` of an op whose kernels are compiled for one head_dim; None: no such op.
@@ -211,6 +213,8 @@ _ROWS: tuple[Op, ...] = (
         _impls("spacetime_attention", "triton", "sdpa"),
         # Dense attention is handed to the library's kernel until ours is measured to be faster on a card.
         auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+        differentiable=("q", "k", "v"),
+        saves_outputs=True,
         heads="q",
     ),
     Op(
@@ -248,14 +252,15 @@ def _backward_row(op: Op) -> Op:
     """The op ``<name>_backward``: gradients of the arguments marked in ``needs``, in ``differentiable`` order."""
 
     def fake(grads: Any, *args: Any) -> list[Tensor]:
-        values = dict(zip(op.arguments[:-1], args[:-2], strict=True))
+        values = dict(zip(op.arguments[:-1], args[op.saves_outputs : -2], strict=True))
         wanted = [n for n, need in zip(op.differentiable, args[-2], strict=True) if need]
         return [values[name].new_empty(values[name].shape) for name in wanted]
 
     arguments = op.schema[1 : op.schema.index(", str impl)")]
+    outputs = "Tensor[] outputs, " if op.saves_outputs else ""
     return Op(
         f"{op.name}_backward",
-        f"(Tensor?[] grads, {arguments}, bool[] needs, str impl) -> Tensor[]",
+        f"(Tensor?[] grads, {outputs}{arguments}, bool[] needs, str impl) -> Tensor[]",
         fake,
         {"reference": f"pyvideo_kernels.reference.{op.name}:{op.name}_backward"},
         heads=op.heads,
@@ -264,7 +269,7 @@ def _backward_row(op: Op) -> Op:
 
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
 # Backwards with a Triton kernel: listed here, the rest run the closed form in torch.
-_TRITON_BACKWARDS: tuple[str, ...] = ("layer_norm_modulate", "rms_norm", "qk_norm_rope")
+_TRITON_BACKWARDS: tuple[str, ...] = ("layer_norm_modulate", "rms_norm", "qk_norm_rope", "spacetime_attention")
 
 
 def _register_autograd(op: Op) -> None:
@@ -273,17 +278,21 @@ def _register_autograd(op: Op) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *args, ctx.impl = inputs
-        ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)])
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        ctx.outputs = len(outputs) if op.saves_outputs else 0
+        ctx.save_for_backward(*outputs[: ctx.outputs], *[a for a in args if isinstance(a, Tensor)])
         ctx.template = tuple(None if isinstance(a, Tensor) else (a,) for a in args)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
+        outputs = [next(saved) for _ in range(ctx.outputs)]
         args = [next(saved) if slot is None else slot[0] for slot in ctx.template]
         needs = [bool(ctx.needs_input_grad[i]) and args[i] is not None for i in slots]
         # An explicit implementation is kept where the backward has it; the closed form serves the rest.
         impl = ctx.impl if ctx.impl in OPS[f"{op.name}_backward"].impls else "auto"
         function = getattr(torch.ops.pyvideo, f"{op.name}_backward")
-        results = iter(function(list(grads), *args, needs, impl))
+        given = [outputs, *args] if op.saves_outputs else args
+        results = iter(function(list(grads), *given, needs, impl))
         out: list[Tensor | None] = [None] * (len(names) + 1)
         for i, need in zip(slots, needs, strict=True):
             out[i] = next(results) if need else None

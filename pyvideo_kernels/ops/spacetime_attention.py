@@ -18,7 +18,6 @@ from ..errors import (
     check_last_dim_contiguous,
     check_same_device,
     check_tensor,
-    refuse_grad,
 )
 
 _OP = "spacetime_attention"
@@ -97,10 +96,11 @@ def spacetime_attention(
         raise UnsupportedError(f"{_OP}: precision {precision!r} is not built yet; use precision='native'")
     if precision != "native":
         bad_option(_OP, "precision", "'native'", precision)
-    refuse_grad(_OP, q=q, k=k, v=v)
+    # The backward stands on the outputs, lse among them.
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse = torch.ops.pyvideo.spacetime_attention(
-        q, k, v, grid, flat_window, stride, causal_time, text_len, text_side, kv_lens, scale, return_lse, precision,
-        impl,
+        q, k, v, grid, flat_window, stride, causal_time, text_len, text_side, kv_lens, scale,
+        return_lse or wants_grad, precision, impl,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -166,7 +166,9 @@ def spacetime_attention_sdpa(
     if not sees_all(grid, window, causal_time):
         raise UnsupportedError(f"{_OP}: impl 'sdpa' is dense; use impl='triton' for a window or causal time")
     if return_lse:
-        raise UnsupportedError(f"{_OP}: impl 'sdpa' gives no lse; use impl='triton' or 'reference'")
+        raise UnsupportedError(
+            f"{_OP}: impl 'sdpa' gives no lse, which `return_lse` and gradients need; use impl='triton' or 'reference'"
+        )
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[2] != k.shape[2]}
     if kv_lens is not None:
         if q.device.type == "cuda":

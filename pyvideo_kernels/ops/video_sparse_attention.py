@@ -1,0 +1,96 @@
+"""Attention over the tiles of a video that matter to each tile of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import schemas as schemas  # registers torch.ops.pyvideo
+from ..errors import DTypeError, bad_option, bad_shape, check_same_device, check_tensor, refuse_grad
+from ._checks import check_triple
+from .block_sparse_attention import check_heads, check_scale, check_tile
+
+_OP = "video_sparse_attention"
+
+
+def video_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    tile: Sequence[int] = (4, 4, 4),
+    top_k: int | None = None,
+    select: str = "top_k",
+    share: float | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    return_selection: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Attention of each tile of the grid over the tiles of keys whose means score highest, a choice a head.
+
+        score[m, n] = scale · q̄[m]·k̄[n]                   of the means of tiles m and n
+        chosen[m]   = the top_k tiles n, or as many as hold ``share`` of the estimated mass
+        out[i]      = attention of i over the tokens of chosen[tile of i]
+                      + gate[i] ⊙ Σ_n softmax_n(score[tile of i, n]) v̄[n]          with a gate
+
+    The choice is made on the device, without a synchronisation. Wants no training with ``select="threshold"``.
+
+    Args:
+        q: ``[B, T*H*W, heads, head_dim]``, bf16/fp16/fp32 (fp64 by the reference), tokens in (T, H, W) order; last dim
+            contiguous, any other strides (views of a packed QKV too).
+        k, v: ``[B, T*H*W, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
+        grid: tokens in (time, height, width); any, tiles at the far edges are cut.
+        tile: tokens of a tile along each, 64 or 128 in all.
+        top_k: tiles of keys for each tile of queries; as many as there are, or more: dense attention.
+        select: ``top_k``, or ``threshold``: the query's own tile and the fewest others that together hold ``share``.
+        share: of the attention mass, as the means estimate it, in (0, 1]; 1: dense attention.
+        gate: weight of the attention among tile means, ``[B, T*H*W, heads, head_dim]`` or what broadcasts to it, in the
+            dtype of ``q``; None: that part is left out.
+        scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
+        return_selection: also return what was chosen, as `block_sparse_attention` takes it.
+        impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
+    Returns:
+        ``[B, T*H*W, heads, head_dim]``, contiguous, dtype of ``q``; or ``(out, block_indices, block_counts)``, int32,
+        ``[B, heads, tiles, listed]`` in ascending order and ``[B, heads, tiles]``.
+    Raises:
+        ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
+        UnsupportedError: inputs that require grad, or what this implementation has not.
+    Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic S and grid. head_dim ≤ 256 in Triton.
+        Scratch: scores of ``[B, heads, tiles, tiles]`` in fp32.
+    Numerics: means, scores and choice in fp32; error ≤ 2 × eager's own against float64, for the same choice.
+        Deterministic: yes.
+    Source: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv:2505.13389.
+    """
+    check_heads(_OP, q, k, v)
+    sizes, sides = check_triple(_OP, "grid", grid, 1), check_tile(_OP, tile)
+    if q.shape[1] != sizes[0] * sizes[1] * sizes[2]:
+        bad_shape(_OP, "q", f"[B, T*H*W, heads, head_dim] for grid {sizes}", q)
+    if select not in ("top_k", "threshold"):
+        bad_option(_OP, "select", "'top_k' or 'threshold'", select)
+    if select == "top_k":
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+            bad_option(_OP, "top_k", "an integer of at least 1 for select='top_k'", top_k)
+        if share is not None:
+            bad_option(_OP, "share", "None for select='top_k'", share)
+    else:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            bad_option(_OP, "share", "in (0, 1] for select='threshold'", share)
+        if top_k is not None:
+            bad_option(_OP, "top_k", "None for select='threshold'", top_k)
+    if gate is not None:
+        check_tensor(_OP, "gate", gate, ndim=4)
+        if gate.dtype != q.dtype:
+            raise DTypeError(f"{_OP}: `gate` must be {q.dtype} like `q`; got {gate.dtype}")
+        check_same_device(_OP, q=q, gate=gate)
+        if any(n not in (1, size) for n, size in zip(gate.shape, q.shape, strict=True)):
+            bad_shape(_OP, "gate", f"{list(q.shape)}, or 1 along some of these", gate)
+    scale = check_scale(_OP, scale, q)
+    refuse_grad(_OP, q=q, k=k, v=v, gate=gate)
+    out, indices, counts = torch.ops.pyvideo.video_sparse_attention(
+        q, k, v, sizes, sides, top_k, share, gate, scale, return_selection, impl
+    )
+    return (out, indices, counts) if return_selection else out

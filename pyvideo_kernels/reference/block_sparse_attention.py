@@ -1,0 +1,118 @@
+"""Oracle of block_sparse_attention, and its sample inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compute_dtype, generator, randn, up
+from .block_mean import blocks_of
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    grid: Sequence[int],
+    tile: Sequence[int],
+    kv_block_lens: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Explicit softmax over the keys of the listed blocks, a block of queries at a time."""
+    out, lse = attend(q, k, v, block_indices, block_counts, grid, tile, kv_block_lens, scale)
+    return out.to(q.dtype), lse if return_lse else lse.new_empty((0,))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    grid: Sequence[int],
+    tile: Sequence[int],
+    kv_block_lens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The result before it is rounded to the dtype of ``q``, and the LSE."""
+    b, s, heads, head_dim = q.shape
+    dtype = compute_dtype(q)
+    out = torch.zeros((b, s, heads, head_dim), dtype=dtype, device=q.device)
+    lse = torch.full((b, heads, s), -math.inf, dtype=dtype, device=q.device)
+    block, place = blocks_of(grid, tile, q.device)
+    real = torch.ones(s, dtype=torch.bool, device=q.device)
+    if kv_block_lens is not None:
+        real = place < kv_block_lens[block]
+    blocks = block_counts.shape[-1]
+    listed = block_indices.clamp(0, max(blocks - 1, 0)).long()
+    # How often a block is listed: twice means counted twice.
+    ordinal = torch.arange(listed.shape[-1], device=q.device)
+    times = torch.zeros(*block_counts.shape, blocks, dtype=dtype, device=q.device)
+    times.scatter_add_(-1, listed, (ordinal < block_counts[..., None]).to(dtype))
+    group = heads // k.shape[2]
+    for i in range(b):
+        keys = up(k[i], dtype).repeat_interleave(group, 1).permute(1, 2, 0)  # [heads, D, S]
+        values = up(v[i], dtype).repeat_interleave(group, 1).transpose(0, 1)  # [heads, S, D]
+        for j in range(blocks):
+            mine = (block == j).nonzero().squeeze(1)
+            seen = times[i, :, j][:, block] * real  # [heads, S]
+            # Padding may hold anything, and 0 times NaN is NaN.
+            some = (seen > 0).any(0).nonzero().squeeze(1)
+            if not len(some):
+                continue
+            weight = seen[:, some][:, None]
+            scores = torch.matmul(up(q[i, mine], dtype).transpose(0, 1), keys[:, :, some]) * scale  # [heads, rows, keys]
+            scores = torch.where(weight > 0, scores + weight.clamp(min=1).log(), -math.inf)
+            top = scores.amax(-1, keepdim=True)
+            part = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+            total = part.sum(-1, keepdim=True)
+            mixed = torch.matmul(part / torch.where(total == 0, 1.0, total), values[:, some])
+            out[i, mine] = mixed.transpose(0, 1)
+            lse[i, :, mine] = (top + torch.log(total)).squeeze(-1)
+    return out, lse
+
+
+def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
+    """Boxes with ragged edges, a flat sequence with short blocks, empty lists, grouped heads, packed views.
+
+    ``head_dim``: that of all samples; None: each has its own.
+    """
+    g = generator()
+
+    def dim(own: int) -> int:
+        return own if head_dim is None else head_dim
+
+    def lists(b: int, heads: int, blocks: int, listed: int, counts: Sequence[int]) -> dict[str, Tensor]:
+        order = torch.rand(b, heads, blocks, blocks, generator=g).argsort(-1)[..., :listed]
+        which = torch.randint(len(counts), (b, heads, blocks), generator=g)
+        return {"block_indices": order.to(torch.int32), "block_counts": torch.tensor(counts, dtype=torch.int32)[which]}
+
+    def sized(d: int, **rest: Any) -> dict[str, Any]:
+        return {"kv_block_lens": None, "scale": d**-0.5, "return_lse": True, **rest}
+
+    # 2 x 2 x 2 boxes of (2, 4, 8), ragged on every axis; packed projection; some lists are empty.
+    packed = randn(1, 3 * 5 * 9, 3, 2, dim(64), dtype=dtype, g=g)
+    q, k, v = packed.unbind(2)
+    yield {"q": q, "k": k, "v": v, **lists(1, 2, 8, 3, (3, 1, 0)), **sized(dim(64), grid=(3, 5, 9), tile=(2, 4, 8))}
+    # A flat sequence; the last block is short, one in the middle has padding; grouped heads.
+    q = randn(2, 150, 4, dim(16), dtype=dtype, g=g)
+    k, v = (randn(2, 150, 2, dim(16), dtype=dtype, g=g) for _ in range(2))
+    lens = torch.tensor([64, 37, 22], dtype=torch.int32)
+    yield {"q": q, "k": k, "v": v, **lists(2, 4, 3, 3, (3, 2)),
+           **sized(dim(16), grid=(1, 1, 150), tile=(1, 1, 64), kv_block_lens=lens)}  # fmt: skip
+    # Boxes of 128 tokens with the middle one padded; logits to about ±60; a head dim that fills no block.
+    q = randn(1, 3 * 4 * 8, 1, dim(40), dtype=dtype, g=g, scale=16.0)
+    k, v = (randn(1, 3 * 4 * 8, 1, dim(40), dtype=dtype, g=g) for _ in range(2))
+    yield {"q": q, "k": k, "v": v, **lists(1, 1, 3, 3, (3,)),
+           **sized(dim(40), grid=(3, 4, 8), tile=(1, 8, 16), kv_block_lens=torch.tensor([128, 21, 128]))}  # fmt: skip
+    # One token.
+    q, k, v = (randn(1, 1, 1, dim(32), dtype=dtype, g=g) for _ in range(3))
+    yield {"q": q, "k": k, "v": v, **lists(1, 1, 1, 1, (1,)),
+           **sized(dim(32), grid=(1, 1, 1), tile=(4, 4, 4), return_lse=False)}  # fmt: skip
