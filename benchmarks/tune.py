@@ -264,7 +264,7 @@ def _red(question: Question, device: torch.device) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: 0 done, 1 something was wrong, 2 refused."""
+    """Command line: 0 done, 1 something was wrong, 2 refused, 5 the table cannot be written, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", action="append", choices=sorted(ENTRIES), help="once or more; default: all")
     parser.add_argument("--device", default="cuda")
@@ -288,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyVideoError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"the table cannot be written: {error}; --out puts it elsewhere", file=sys.stderr)
+        return 5
     except KeyboardInterrupt:
         print("interrupted; finished keys are in the table, --resume goes on", file=sys.stderr)
         return 130

@@ -157,8 +157,8 @@ class Search:
                 try:
                     problem = self._problem(self.call(question, launch, config), args, expected)
                 except RuntimeError as error:
-                    # Nothing that this process does from here on can be trusted.
-                    self.on_crash(question, config, f"{launch}: {_first_line(error)}")
+                    if _fatal(error):
+                        self.on_crash(question, config, f"{launch}: {_first_line(error)}")
                     raise
                 if problem:
                     out[config] = problem
@@ -181,10 +181,9 @@ class Search:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except Exception as error:
-            text = _first_line(error)
-            if isinstance(error, RuntimeError) and any(words in text for words in _FATAL):
+            if _fatal(error):
                 raise
-            return f"failed: {type(error).__name__}: {text[:200]}"
+            return f"failed: {type(error).__name__}: {_first_line(error)[:200]}"
         problem = difference(expected, found)
         return f"wrong: {problem}" if problem else None
 
@@ -274,6 +273,11 @@ def _untimed(configs: Sequence[Any], seconds: Mapping[Any, Timing]) -> dict[Any,
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
+
+
+def _fatal(error: BaseException) -> bool:
+    """Whether the CUDA context is lost: nothing that this process does from here on can be trusted."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FATAL)
 
 
 def misfits(done: Mapping[Job, Compiled]) -> dict[Any, str]:

@@ -469,3 +469,11 @@ def test_the_command_line_walks_the_same_steps(out, capsys):
     assert "outside configs/" in capsys.readouterr().err
     assert tune.main(["--op", "rms_norm"]) == 2
     assert "torch finds none" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_is_said(out, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "_red", lambda question, device: "")
+    out.mkdir()
+    arguments = ["--op", "guidance_step", "--device", "cpu", "--dry", "--workers", "0", "--rounds", "3"]
+    assert tune.main([*arguments, "--out", str(out)]) == 5
+    assert "cannot be written" in capsys.readouterr().err
