@@ -18,6 +18,8 @@ from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import samples
 from pyvideo_kernels.testing.static import ARCHS
 
+from . import helpers
+
 NAME = "NVIDIA H100 80GB HBM3"
 GPU = "nvidia-h100-80gb-hbm3"
 KEY = {"op": "rms_norm", "width": 1536, "itemsize": 2}
@@ -62,7 +64,7 @@ def test_a_launch_takes_what_the_table_says(tmp_path, monkeypatch):
     wanted, launched, launch = RowConfig(64, 4, 2), [], module.launch_fwd
     monkeypatch.setattr(module, "launch_fwd", lambda *a: launched.append(a[-1]) or launch(*a))
     _write(tmp_path, _row(key={**KEY, "width": 48, "itemsize": 4}, config=dataclasses.asdict(wanted)))
-    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(0)).to(helpers.DEVICE)
     with tuned.tables_in(tmp_path), forced_arch("sm_90", GPU):
         y = module.rms_norm(x, None, 1e-6)
         module.rms_norm(x.half(), None, 1e-6)
@@ -193,7 +195,7 @@ def test_the_digest_is_of_the_code_and_what_it_imports(tmp_path, monkeypatch):
 )
 def test_a_forced_configuration_reaches_the_kernel(op, family, other, monkeypatch):
     module = __import__(f"pyvideo_kernels.kernels.{op}", fromlist=[op])
-    args = OPS[op].bind(**next(samples(OPS[op], torch.float16)))
+    args = OPS[op].bind(**next(samples(OPS[op], torch.float16, helpers.DEVICE)))
     launched, launch = [], module.launch_fwd
     monkeypatch.setattr(module, "launch_fwd", lambda *a, **k: launched.append(a[-1]) or launch(*a, **k))
     with tuned.recording() as asked:
