@@ -545,7 +545,10 @@ def test_a_long_attention_is_judged_on_some_of_its_rows(monkeypatch):
     op = OPS["spacetime_attention"]
     monkeypatch.setattr(verify, "_MAX_SCORES", 1000)
     monkeypatch.setattr(verify, "_ROWS", 7)
-    cases = [case for case in compare.samples(op, torch.float32) if case["grid"] != (0, 0, 0)]
+    cases = [
+        case for case in compare.samples(op, torch.float32)
+        if case["window"] is None and not case["causal_time"] and case["grid"] != (0, 0, 0)
+    ]  # fmt: skip
     for case in cases:
         rows = verify._sampled_rows(op, op.bind(**case))
         s = case["q"].shape[1]
