@@ -5,7 +5,7 @@
 #   PYTHON       interpreter that makes .venv (>= 3.11)
 #   CONSTRAINTS  pinned versions to install; constraints-torch2.11.txt is the older supported pair
 #   TORCH_INDEX  extra package index for torch, e.g. https://download.pytorch.org/whl/cpu to avoid the CUDA libraries
-#   OUTPUT       where the film goes        PYTEST_ARGS  more arguments for make test
+#   OUTPUT       where the film goes        PYTEST_ARGS, BENCH_ARGS  more arguments for make test, make bench
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -13,6 +13,7 @@ TORCH_INDEX ?=
 OUTPUT ?= film.mp4
 PROMPT ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 CUDA_ARCHS ?= 80;90a;100a;120a
 
 VENV := .venv
@@ -70,7 +71,7 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 numbers: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.numbers

@@ -25,7 +25,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,25 +255,30 @@ def machine(device: str) -> tuple[dict[str, Any], str]:
 
     A card is asked in a process of its own: this one must not hold a context on it while others are measured.
     """
-    where: dict[str, Any] = {"torch": torch.__version__, "triton": verdicts.triton_version()}
+    where: dict[str, Any] = {"torch": torch.__version__, "triton": verdicts.triton_version(), "device": device}
     if device == "cpu":
-        return where | {"device": "cpu"}, "cpu"
+        return where, "cpu"
     done = subprocess.run(
-        [sys.executable, "-m", "pyvideo_kernels.collect_env"], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    try:
-        facts = json.loads(done.stdout)
-        gpu = facts["gpus"][0]
-    except (ValueError, KeyError, IndexError):
-        problem = (done.stderr.strip().splitlines() or ["no GPU is listed"])[-1]
-        raise UnsupportedError(f"the card does not answer: {problem}") from None
+        [sys.executable, "-m", "pyvideo_kernels.collect_env", "--json"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    if done.returncode:
+        raise UnsupportedError(f"the card does not answer: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    return named(json.loads(done.stdout), where)
+
+
+def named(facts: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """``where`` with the card of `collect_env.collect`, and the card's folder."""
+    if not facts["gpus"]:
+        raise UnsupportedError(f"the card does not answer: {facts['why_no_gpu']}")
     if not facts.get("revision"):
         raise ValueOptionError(
             "this copy of the checkout has no git revision, and a result must name one: give --revision, the output "
             "of `git rev-parse --short HEAD` where it was copied from"
         )
-    where |= {"device": "cuda", "gpu": gpu["gpu"], "arch": gpu["arch"], "extension": facts["extension"]["cuda"]}
-    return where, slices.slug(gpu["gpu"])
+    gpu = facts["gpus"][0]
+    found = {"gpu": gpu["gpu"], "arch": gpu["arch"], "extension": facts["extension"]["cuda"]}
+    return {**where, **found}, slices.slug(gpu["gpu"])
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def e2e(job: Job) -> Outcome:
     job.write(result)
     good = [row for row in result["rows"] if "error" not in row]
     wrong = [row for row in result["rows"] if "error" in row]
-    phase = "decode" if job.parameters["steps"] == 1 else "step"
+    phase = "decode" if job.out.stem.startswith("decode") else "step"
     text = ", ".join(f"{row['variant']} {row['seconds'][phase]['median']:.3f} s" for row in good)
     text = f"{phase}: {text}" + (f"; {wrong[0]['variant']}: {wrong[0]['error']}"[:120] if wrong else "")
     return Outcome(text, len(wrong))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -140,7 +141,10 @@ def peers(load: bool = False) -> list[dict[str, str | None]]:
 
 
 def revision() -> dict[str, Any]:
-    """Git revision of the checkout this package runs from, and whether tracked files differ from it; {} outside one."""
+    """Git revision of the checkout this package runs from, and whether tracked files differ from it; {} outside one.
+
+    A checkout that was copied without its .git is told by ``PYVIDEO_REVISION`` (``campaign --revision``).
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
@@ -154,7 +158,10 @@ def revision() -> dict[str, Any]:
         return {}
     head = git("rev-parse", "--short", "HEAD")
     status = git("status", "--porcelain", "--untracked-files=no")
-    return {} if head is None else {"revision": head, "dirty": bool(status)}
+    if head is None:
+        told = os.environ.get("PYVIDEO_REVISION")
+        return {"revision": told} if told else {}
+    return {"revision": head, "dirty": bool(status)}
 
 
 def collect(load_peers: bool = False) -> dict[str, Any]:

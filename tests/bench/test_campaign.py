@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyvideo_kernels import collect_env
 from pyvideo_kernels.benchmarks import campaign, campaign_state, correctness, numbers, results, slices
 from pyvideo_kernels.benchmarks.campaign_state import State
 from pyvideo_kernels.benchmarks.slices import Slice
@@ -43,32 +44,33 @@ def statuses(state):
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """One dry campaign over everything but the slower ops, as a user runs it."""
+    """One dry campaign over every slice, as a user runs it."""
     out = tmp_path_factory.mktemp("campaign") / "dry"
-    only = ["environment", "*-guidance_step", "*-rms_norm", "e2e-wan2.1-1.3b*", "decode-wan2.1-480p"]
-    argv = ["--device", "cpu", "--dry", "--minutes", "5", "--out", str(out), "--pack", str(out.with_suffix(".tar.gz"))]
-    argv += [word for name in only for word in ("--only", name)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # --keep: whoever edits a kernel while this runs does not have it walked again.
+    argv = ["--device", "cpu", "--dry", "--keep", "--minutes", "8", "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.campaign", *argv], capture_output=True, text=True, cwd=ROOT,
-        env=environment, timeout=280,
+        [sys.executable, "-m", "benchmarks.campaign", *argv, "--pack", str(out.with_suffix(".tar.gz"))],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_campaign_walks_the_slices_and_writes_a_file_each(dry):
     out, said = dry
-    names = {"environment", "e2e-wan2.1-1.3b-480p", "decode-wan2.1-480p"}
-    names |= {f"{group}-{op}" for group in ("correctness", "tune", "ops") for op in ("guidance_step", "rms_norm")}
+    names = {each.name for each in slices.plan()}
     assert {path.stem for path in out.glob("*.json")} == names | {"campaign"}
     kinds = {name: results.read(out / f"{name}.json")["kind"] for name in names}
     assert set(kinds.values()) == {"environment", "correctness", "tuning", "ops", "e2e"}
     assert f"\n{len(names)} done; results in {out}\n" in said
     state = json.loads((out / "campaign.json").read_text())
     assert state["dry"] and {entry["status"] for entry in state["slices"].values()} == {"done"}
+    order = [line.split()[1] for line in said.splitlines() if line.startswith("running")]
+    assert order == [each.name for each in slices.plan()]
 
 
+@pytest.mark.slow
 def test_what_the_slices_found(dry):
     out, _ = dry
     read = lambda name: json.loads((out / f"{name}.json").read_text())
@@ -82,6 +84,7 @@ def test_what_the_slices_found(dry):
     assert read("environment")["ceilings"]["copy"] > 0 and read("environment")["environment"]["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_no_table_takes_a_dry_result(dry):
     out, _ = dry
     with pytest.raises(ValueOptionError, match="is of a dry run"):
@@ -93,6 +96,7 @@ def test_no_table_takes_a_dry_result(dry):
             assert result["provenance"]["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_a_dry_campaign_makes_a_report_and_an_archive(dry):
     out, said = dry
     page = (out / "report" / "numbers.md").read_text()
@@ -199,6 +203,7 @@ def test_a_signal_keeps_what_is_finished(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
+from pyvideo_kernels import collect_env
 from pyvideo_kernels.benchmarks import campaign, slices
 from pyvideo_kernels.benchmarks.slices import Slice
 slices.plan = lambda dry: [Slice("a", "test", "{HERE}:good", 1.0), Slice("b", "test", "{HERE}:hangs", 30.0)]
@@ -293,6 +298,21 @@ def test_the_command_line(capsys, tmp_path):
     if not torch.cuda.is_available():
         assert campaign.main(["--device", "cuda"]) == 2
         assert "the card does not answer" in capsys.readouterr().err
+
+
+def test_the_card_is_named_by_what_collect_env_says(monkeypatch):
+    monkeypatch.delenv("PYVIDEO_REVISION", raising=False)
+    facts = collect_env.collect()
+    card = {"gpu": "NVIDIA H100 80GB HBM3", "arch": "sm_90", "driver": "580.1"}
+    on_card = facts | {"gpus": [card], "revision": "abc1234"}
+    where, folder = campaign.named(on_card, WHERE)
+    assert folder == "nvidia-h100-80gb-hbm3" and where["gpu"] == card["gpu"] and where["arch"] == "sm_90"
+    with pytest.raises(ValueOptionError, match="give --revision"):
+        campaign.named(on_card | {"revision": None}, WHERE)
+    monkeypatch.setenv("PATH", "")  # no git: as in a copy without .git
+    assert collect_env.revision() == {}
+    monkeypatch.setenv("PYVIDEO_REVISION", "abc1234")
+    assert collect_env.revision() == {"revision": "abc1234"}
 
 
 # Correctness rows ----------------------------------------------------------------------------------------------
