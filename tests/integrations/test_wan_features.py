@@ -376,8 +376,8 @@ def test_a_training_step_has_the_stock_gradients(checkpointing, per_token):
     for name in ours:
         assert (ours[name] - ref64[name]).norm() <= 1e-4 * ref64[name].norm() + 1e-7, name
     backwards = {name for name in used(report) if name.endswith("_backward")}
-    assert backwards == {f"{name}_backward" for name in WAN_OPS}
-    assert set(report.fallbacks()) == {"spacetime_attention"}  # it has no backward and says so
+    assert backwards == {f"{name}_backward" for name in WAN_OPS | {"spacetime_attention"}}
+    assert not report.fallbacks()
 
 
 def test_float16_and_float64_activations():

@@ -202,8 +202,6 @@ def _dense(
         reason = "the sequence is not the whole grid"
     elif value.dtype != query.dtype or key.dtype != query.dtype:
         reason = "q, k and v of different dtypes"
-    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        reason = "gradients are wanted and the op has no backward"
     if reason is not None:
         fall_back(settings, "spacetime_attention", reason)
     return reason is None
