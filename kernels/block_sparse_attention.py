@@ -133,29 +133,12 @@ def block_sparse_attention(
     grid: Sequence[int],
     tile: Sequence[int],
     kv_block_lens: Tensor | None,
+    coarse: Tensor | None,
+    gate: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """``impl="triton"`` of the op."""
-    return attend(q, k, v, block_indices, block_counts, grid, tile, kv_block_lens, scale, return_lse, None, None)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    block_counts: Tensor,
-    grid: Sequence[int],
-    tile: Sequence[int],
-    kv_block_lens: Tensor | None,
-    scale: float,
-    return_lse: bool,
-    coarse: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The op, plus ``gate · coarse`` where these are given: ``[B, heads, blocks, D]`` fp32, contiguous, and a tensor
-    that broadcasts to ``q``."""
     refuse_float64("block_sparse_attention", q)
     b, s, heads, head_dim = q.shape
     out = q.new_empty((b, s, heads, head_dim))
@@ -181,7 +164,8 @@ def attend(
             k_desc, v_desc = (box_descriptor(x, grid, 0, key, config.block_d) for x in (k, v))
         _block_sparse_attention_fwd_kernel[(blocks * b * heads,)](
             q, k, v, out, lse if return_lse else None, block_indices.contiguous(), block_counts.contiguous(),
-            None if kv_block_lens is None else kv_block_lens.contiguous(), coarse, gate, k_desc, v_desc,
+            None if kv_block_lens is None else kv_block_lens.contiguous(),
+            None if coarse is None else coarse.contiguous(), gate, k_desc, v_desc,
             s, heads, heads // k.shape[2], *grid, tiles[1], tiles[2], blocks, block_indices.shape[-1],
             scale, scale * math.log2(math.e),
             *(step // unit for x in (q, k, v) for step in x.stride()[:3]),

@@ -27,6 +27,9 @@ _EXPORTS = {
     "final_layer": "pyvideo_kernels.ops.final_layer",
     "spacetime_attention": "pyvideo_kernels.ops.spacetime_attention",
     "merge_attention": "pyvideo_kernels.ops.spacetime_attention",
+    "block_mean": "pyvideo_kernels.ops.block_mean",
+    "block_sparse_attention": "pyvideo_kernels.ops.block_sparse_attention",
+    "video_sparse_attention": "pyvideo_kernels.ops.video_sparse_attention",
     "rms_norm_silu": "pyvideo_kernels.ops.rms_norm_silu",
     "causal_conv3d": "pyvideo_kernels.ops.causal_conv3d",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from .integrations import accelerate as accelerate
     from .integrations import restore as restore
     from .integrations import warmup as warmup
+    from .ops.block_mean import block_mean as block_mean
+    from .ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
     from .ops.causal_conv3d import causal_conv3d as causal_conv3d
     from .ops.final_layer import final_layer as final_layer
     from .ops.gate_residual import gate_residual as gate_residual
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
     from .ops.spacetime_attention import merge_attention as merge_attention
     from .ops.spacetime_attention import spacetime_attention as spacetime_attention
     from .ops.unipc_step import unipc_step as unipc_step
+    from .ops.video_sparse_attention import video_sparse_attention as video_sparse_attention
     from .schedule import solver_for as solver_for
 
 

@@ -117,6 +117,26 @@ def _spacetime_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[T
     return q.new_empty((b, s, heads, v.shape[-1])), q.new_empty(lse_shape, dtype=lse_dtype)
 
 
+def _boxes(grid: Sequence[int], tile: Sequence[int]) -> int:
+    counts = [(n + side - 1) // side for n, side in zip(grid, tile, strict=True)]
+    return counts[0] * counts[1] * counts[2]
+
+
+def _fp32_or_64(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _block_mean(x: Tensor, grid: Sequence[int], tile: Sequence[int], impl: str) -> Tensor:
+    b, _, heads, d = x.shape
+    return x.new_empty((b, heads, _boxes(grid, tile), d), dtype=_fp32_or_64(x))
+
+
+def _block_sparse_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse = rest[-2]
+    b, s, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, heads, s) if return_lse else (0,), dtype=_fp32_or_64(q))
+
+
 def _causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -215,6 +235,22 @@ _ROWS: tuple[Op, ...] = (
         auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
         differentiable=("q", "k", "v"),
         saves_outputs=True,
+        heads="q",
+    ),
+    Op(
+        "block_mean",
+        "(Tensor x, SymInt[] grid, int[] tile, str impl) -> Tensor",
+        _block_mean,
+        _impls("block_mean", "triton"),
+        heads="x",
+    ),
+    Op(
+        "block_sparse_attention",
+        "(Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor block_counts, SymInt[] grid, int[] tile, "
+        "Tensor? kv_block_lens, Tensor? coarse, Tensor? gate, float scale, bool return_lse, str impl) "
+        "-> (Tensor, Tensor)",
+        _block_sparse_attention,
+        _impls("block_sparse_attention", "triton"),
         heads="q",
     ),
     Op(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..errors import bad_shape, check_tensor
+from ..errors import bad_option, bad_shape, check_tensor
 
 
 def check_modulation(op: str, x: Tensor, **tensors: Tensor | None) -> None:
@@ -35,3 +36,13 @@ def check_patch(op: str, patch: Sequence[int], name: str = "patch", least: int =
     if len(sizes) != 3 or any(isinstance(n, (float, str)) or n < least for n in sizes):
         bad_shape(op, name, f"three sizes (T, H, W) of at least {least}", patch)
     return sizes
+
+
+def check_triple(op: str, name: str, value: Sequence[int], minimum: int) -> list[int]:
+    """Three integers (time, height, width), each at least ``minimum``; as a list, for the schema."""
+    items = list(value) if isinstance(value, (list, tuple, torch.Size)) else []
+    if len(items) != 3 or any(
+        isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < minimum for n in items
+    ):
+        bad_option(op, name, f"three integers (time, height, width) of at least {minimum}", value)
+    return items

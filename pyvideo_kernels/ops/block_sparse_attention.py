@@ -90,7 +90,7 @@ def block_sparse_attention(
     scale = check_scale(_OP, scale, q)
     refuse_grad(_OP, q=q, k=k, v=v)
     out, lse = torch.ops.pyvideo.block_sparse_attention(
-        q, k, v, block_indices, block_counts, sizes, sides, kv_block_lens, scale, return_lse, impl
+        q, k, v, block_indices, block_counts, sizes, sides, kv_block_lens, None, None, scale, return_lse, impl
     )
     return (out, lse) if return_lse else out
 

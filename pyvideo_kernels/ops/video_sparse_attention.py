@@ -1,4 +1,5 @@
-"""Attention over the tiles of a video that matter to each tile of queries."""
+"""Attention over the tiles of a video that matter to each tile of queries: block_mean, a choice, and
+block_sparse_attention."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ from ._checks import check_triple
 from .block_sparse_attention import check_heads, check_scale, check_tile
 
 _OP = "video_sparse_attention"
+# Shares of attention mass are added in integers, in which the order of a sum does not matter. Their products, at most
+# 2^60, fit int64.
+_MASS, _SHARE = 1 << 40, 1 << 20
 
 
 def video_sparse_attention(
@@ -61,7 +65,7 @@ def video_sparse_attention(
         UnsupportedError: inputs that require grad, or what this implementation has not.
     Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic S and grid. head_dim ≤ 256 in Triton.
         Scratch: scores of ``[B, heads, tiles, tiles]`` in fp32.
-    Numerics: means, scores and choice in fp32; error ≤ 2 × eager's own against float64, for the same choice.
+    Numerics: means, scores and choice in fp32, the sum with the gate rounded once; error ≤ 2 × eager's own against float64, for the same choice.
         Deterministic: yes.
     Source: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv:2505.13389.
     """
@@ -90,7 +94,78 @@ def video_sparse_attention(
             bad_shape(_OP, "gate", f"{list(q.shape)}, or 1 along some of these", gate)
     scale = check_scale(_OP, scale, q)
     refuse_grad(_OP, q=q, k=k, v=v, gate=gate)
-    out, indices, counts = torch.ops.pyvideo.video_sparse_attention(
-        q, k, v, sizes, sides, top_k, share, gate, scale, return_selection, impl
+    ops = torch.ops.pyvideo
+    q_mean, k_mean = ops.block_mean(q, sizes, sides, impl), ops.block_mean(k, sizes, sides, impl)
+    scores = tile_scores(q_mean, k_mean, scale)
+    if top_k is not None:
+        indices, counts = top_tiles(scores, top_k)
+    else:
+        assert share is not None
+        indices, counts = tiles_with_share(scores, tile_sizes(sizes, sides, q.device), share)
+    coarse = None if gate is None else mix(scores, ops.block_mean(v, sizes, sides, impl))
+    out, _ = ops.block_sparse_attention(
+        q, k, v, indices, counts, sizes, sides, None, coarse, gate, scale, False, impl
     )
     return (out, indices, counts) if return_selection else out
+
+
+# Scores and selection: plain torch on one row a tile. Nothing here waits for the device or depends on its values. ----
+
+
+def tile_sizes(grid: Sequence[int], tile: Sequence[int], device: torch.device) -> Tensor:
+    """``[tiles]`` int64: tokens in each tile; fewer at the far edges of a ragged grid."""
+    sizes = torch.ones((), dtype=torch.int64, device=device)
+    for n, side in zip(grid, tile, strict=True):
+        along = (n - torch.arange((n + side - 1) // side, device=device) * side).clamp(max=side)
+        sizes = sizes[..., None] * along
+    return sizes.flatten()
+
+
+def tile_scores(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:
+    """``[B, heads, tiles, tiles]``: scores of mean queries and mean keys ``[B, heads, tiles, D]``, fp32 or fp64."""
+    groups = k_mean.shape[1]
+    grouped = q_mean.unflatten(1, (groups, -1))
+    return torch.matmul(grouped * scale, k_mean[:, :, None].transpose(-1, -2)).flatten(1, 2)
+
+
+def mix(scores: Tensor, v_mean: Tensor) -> Tensor:
+    """``[B, heads, tiles, D]``: attention among the tiles, each one a token."""
+    weights = torch.softmax(scores, -1).unflatten(1, (v_mean.shape[1], -1))
+    return torch.matmul(weights, v_mean[:, :, None]).flatten(1, 2)
+
+
+def top_tiles(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` tiles of the highest scores in ascending order, and their number; int32."""
+    blocks = scores.shape[-1]
+    if top_k >= blocks:
+        return _all_tiles(scores)
+    indices = torch.topk(scores, top_k, sorted=False).indices.sort(-1).values.to(torch.int32)
+    return indices, torch.full(scores.shape[:-1], top_k, dtype=torch.int32, device=scores.device)
+
+
+def tiles_with_share(scores: Tensor, sizes: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The query's own tile and the fewest others that together hold ``share`` of the mass, ascending; int32.
+
+    Lists have a place for every tile; past a list's count they hold anything.
+    """
+    blocks = scores.shape[-1]
+    if share >= 1.0:
+        return _all_tiles(scores)
+    # A tile weighs what its tokens would, each with the score of the mean key.
+    mass = (torch.softmax(scores + sizes.to(scores.dtype).log(), -1) * _MASS).long()
+    index = torch.arange(blocks, device=scores.device)
+    first = torch.where(index == index[:, None], torch.iinfo(torch.int64).max, mass)
+    order = first.argsort(dim=-1, descending=True, stable=True)
+    ranked = mass.gather(-1, order)
+    before = ranked.cumsum(-1) - ranked
+    kept = before * _SHARE < ranked.sum(-1, keepdim=True) * max(1, round(share * _SHARE))
+    kept = torch.zeros_like(kept).scatter_(-1, order, kept)
+    indices = torch.where(kept, index, blocks).sort(-1).values.clamp(max=blocks - 1)
+    return indices.to(torch.int32), kept.sum(-1).to(torch.int32)
+
+
+def _all_tiles(scores: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = scores.shape[-1]
+    every = torch.arange(blocks, dtype=torch.int32, device=scores.device)
+    counts = torch.full(scores.shape[:-1], blocks, dtype=torch.int32, device=scores.device)
+    return every.expand(scores.shape).contiguous(), counts

@@ -27,22 +27,13 @@ def blocks_of(grid: Sequence[int], tile: Sequence[int], device: torch.device | s
     return block, place
 
 
-def block_sizes(grid: Sequence[int], tile: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """``[blocks]`` int64: tokens in each box; fewer at the far edges of a ragged grid. Nothing is copied to a GPU."""
-    sizes = torch.ones((), dtype=torch.int64, device=device)
-    for n, side, count in zip(grid, tile, tiles_of(grid, tile), strict=True):
-        along = (n - torch.arange(count, device=device) * side).clamp(max=side)
-        sizes = sizes[..., None] * along
-    return sizes.flatten()
-
-
 def block_mean(x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> Tensor:
     """Sums by box, divided by the tokens that are there."""
     b, _, heads, head_dim = x.shape
     dtype = compute_dtype(x)
     block, _ = blocks_of(grid, tile, x.device)
-    sizes = block_sizes(grid, tile, x.device)
-    out = torch.zeros((b, sizes.shape[0], heads, head_dim), dtype=dtype, device=x.device)
+    sizes = torch.bincount(block)
+    out = torch.zeros((b, len(sizes), heads, head_dim), dtype=dtype, device=x.device)
     out.index_add_(1, block, up(x, dtype))
     return (out / sizes[:, None, None]).transpose(1, 2).contiguous()
 

@@ -22,26 +22,12 @@ def block_sparse_attention(
     grid: Sequence[int],
     tile: Sequence[int],
     kv_block_lens: Tensor | None,
+    coarse: Tensor | None,
+    gate: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Explicit softmax over the keys of the listed blocks, a block of queries at a time."""
-    out, lse = attend(q, k, v, block_indices, block_counts, grid, tile, kv_block_lens, scale)
-    return out.to(q.dtype), lse if return_lse else lse.new_empty((0,))
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    block_counts: Tensor,
-    grid: Sequence[int],
-    tile: Sequence[int],
-    kv_block_lens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The result before it is rounded to the dtype of ``q``, and the LSE."""
+    """Explicit softmax over the keys of the listed blocks, a block of queries at a time; plus ``gate · coarse``."""
     b, s, heads, head_dim = q.shape
     dtype = compute_dtype(q)
     out = torch.zeros((b, s, heads, head_dim), dtype=dtype, device=q.device)
@@ -76,7 +62,9 @@ def attend(
             mixed = torch.matmul(part / torch.where(total == 0, 1.0, total), values[:, some])
             out[i, mine] = mixed.transpose(0, 1)
             lse[i, :, mine] = (top + torch.log(total)).squeeze(-1)
-    return out, lse
+    if coarse is not None and gate is not None:
+        out = out + up(gate, dtype) * up(coarse, dtype).transpose(1, 2)[:, block]
+    return out.to(q.dtype), lse if return_lse else lse.new_empty((0,))
 
 
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
@@ -95,7 +83,8 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
         return {"block_indices": order.to(torch.int32), "block_counts": torch.tensor(counts, dtype=torch.int32)[which]}
 
     def sized(d: int, **rest: Any) -> dict[str, Any]:
-        return {"kv_block_lens": None, "scale": d**-0.5, "return_lse": True, **rest}
+        options = {"kv_block_lens": None, "coarse": None, "gate": None, "scale": d**-0.5, "return_lse": True}
+        return {**options, **rest}
 
     # 2 x 2 x 2 boxes of (2, 4, 8), ragged on every axis; packed projection; some lists are empty.
     packed = randn(1, 3 * 5 * 9, 3, 2, dim(64), dtype=dtype, g=g)
@@ -107,6 +96,12 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
     lens = torch.tensor([64, 37, 22], dtype=torch.int32)
     yield {"q": q, "k": k, "v": v, **lists(2, 4, 3, 3, (3, 2)),
            **sized(dim(16), grid=(1, 1, 150), tile=(1, 1, 64), kv_block_lens=lens)}  # fmt: skip
+    # The same with a row of each block added to its tokens, weighed by token, head and channel, and by head alone.
+    coarse = randn(2, 4, 3, dim(16), dtype=torch.float64 if dtype == torch.float64 else torch.float32, g=g)
+    for shape in ((2, 150, 4, dim(16)), (1, 1, 4, 1)):
+        gate = randn(*shape, dtype=dtype, g=g)
+        yield {"q": q, "k": k, "v": v, **lists(2, 4, 3, 3, (2, 0)),
+               **sized(dim(16), grid=(1, 1, 150), tile=(1, 1, 64), coarse=coarse, gate=gate, return_lse=False)}  # fmt: skip
     # Boxes of 128 tokens with the middle one padded; logits to about ±60; a head dim that fills no block.
     q = randn(1, 3 * 4 * 8, 1, dim(40), dtype=dtype, g=g, scale=16.0)
     k, v = (randn(1, 3 * 4 * 8, 1, dim(40), dtype=dtype, g=g) for _ in range(2))
