@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyvideo_kernels import dispatch
@@ -96,13 +97,23 @@ class _Capture(TorchDispatchMode):
 
 
 def _with_gradients(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of the backward: random gradients of every output, every gradient wanted."""
+    """Arguments of the backward: random gradients of what the forward returns, every gradient wanted."""
     op = OPS[name]
-    outputs = op.fake(*args, "triton")
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     named = dict(zip(op.arguments, args, strict=False))
+    if "return_lse" in named:
+        named["return_lse"] = True  # what a backward stands on, as the public function asks for where one follows
+    args = tuple(named.values())
+    needs = [named[argument] is not None for argument in op.differentiable]
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    # A backward that is given the forward's outputs needs the real ones: of random ones it would make infinities.
+    forward = dispatch.load(op, "triton") if op.saves_outputs and first.device != META else op.fake
+    found = forward(*args) if forward is not op.fake else op.fake(*args, "triton")
+    outputs = list(found) if isinstance(found, (tuple, list)) else [found]
     grads = [torch.randn(out.shape, device=out.device).to(out.dtype) for out in outputs]
-    return grads, *args, [named[argument] is not None for argument in op.differentiable]
+    if op.saves_outputs:
+        # Those beside the first are statistics, which no loss looks at.
+        return [grads[0], *[None] * (len(grads) - 1)], outputs, *args, needs
+    return grads, *args, needs
 
 
 def samples_of(op: str, dtype: torch.dtype) -> list[Launch]:

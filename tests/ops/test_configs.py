@@ -219,7 +219,7 @@ def test_forcing_can_be_narrowed_to_a_key_and_ends(monkeypatch):
 
 
 def test_forcing_refuses_what_makes_no_sense():
-    with pytest.raises(ValueOptionError, match="`family` must be one of causal_conv3d"), forced_config("conv", FAST):
+    with pytest.raises(ValueOptionError, match="`family` must be one of .*causal_conv3d"), forced_config("conv", FAST):
         pass
     with pytest.raises(ValueOptionError, match="must be a TileConfig"), forced_config("tile", FAST):
         pass
