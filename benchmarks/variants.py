@@ -7,7 +7,8 @@ of           key        value
 ===========  =========  ==========================================================================================
 any          backend    attention backend of diffusers that the model's own attention dispatches to; best: the
                         fastest one that is exact, found by running the model with each (``attention_choice.py``)
-ours         attention  none, dense: accelerate()'s ``attention``
+ours         attention  accelerate()'s ``attention``, as ``pyvideo sample --attention`` takes it: none, dense, int8,
+                        or ``attention=window=0.5x0.5x0.5,dense_steps=4``, whose keys follow it
 ours         impl       auto, reference, triton, cuda, cpu, ...: accelerate()'s ``impl``
 ours         ops        op names joined by ``+``, or all
 ours         strict     true, false
@@ -33,17 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyvideo_kernels.attention_text import KEYS, choose
 from pyvideo_kernels.dispatch import IMPLS
 from pyvideo_kernels.errors import ModelError, UnsupportedError, ValueOptionError
-from pyvideo_kernels.integrations import _ATTENTIONS, Report, accelerate
+from pyvideo_kernels.integrations import Report, accelerate
 from pyvideo_kernels.sampler.kernels import forward_ops
 from pyvideo_kernels.sampler.problems import did_you_mean
 
 BASE = "eager"
 BEST = "best"
 _BASES = ("eager", "compile", "ours")
-# Asked for by name and not built: accelerate() refuses them when the variant's turn comes, and the others go on.
-_PLANNED_ATTENTIONS = ("int8",)
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _COMPILERS = ("inductor", "cudagraphs", "aot_eager", "eager")
 _SCOPES = ("model", "blocks")
@@ -99,10 +99,7 @@ def parse(text: str) -> Variant:
     keys = _keys_of(bases)
     given: dict[str, Any] = {}
     spelled: list[str] = []
-    for pair in tail.split(",") if colon else []:
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or not value:
-            raise ValueOptionError(f"--ab {text}: expected KEY=VALUE after the colon; got {pair!r}")
+    for key, value in _pairs(text, tail) if colon else []:
         if key not in keys:
             raise ValueOptionError(
                 f"--ab {text}: {'+'.join(bases)} has no key {key!r}{did_you_mean(key, keys)}; it has {', '.join(keys)}"
@@ -112,6 +109,20 @@ def parse(text: str) -> Variant:
         given[key] = keys[key](text, key, value)
         spelled.append(f"{key}={value}")
     return _variant("+".join(sorted(bases)) + (":" + ",".join(spelled) if spelled else ""), bases, given)
+
+
+def _pairs(text: str, tail: str) -> list[tuple[str, str]]:
+    """The keys and values after the colon; those of an attention stay with it."""
+    out: list[tuple[str, str]] = []
+    for pair in tail.split(","):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not value:
+            raise ValueOptionError(f"--ab {text}: expected KEY=VALUE after the colon; got {pair!r}")
+        if key in KEYS and out and out[-1][0] == "attention":
+            out[-1] = ("attention", f"{out[-1][1]},{key}={value}")
+        else:
+            out.append((key, value))
+    return out
 
 
 def parse_all(texts: Iterable[str]) -> tuple[Variant, ...]:
@@ -157,8 +168,9 @@ def _truth(text: str, key: str, value: str) -> bool:
 
 
 def _attention(text: str, key: str, value: str) -> str | None:
-    names = [name for name in _ATTENTIONS if name]
-    _choice("none", *names, *_PLANNED_ATTENTIONS)(text, key, value)
+    # Only spelling and numbers: accelerate() refuses what is not built when the variant's turn comes, and the others
+    # go on.
+    choose(value, f"--ab {text}: {key}")
     return None if value == "none" else value
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PyVideoError(Exception):
     """Base of every error this package raises on purpose."""
@@ -33,3 +36,9 @@ class ModelError(PyVideoError, RuntimeError):
 
 class UsageError(PyVideoError, ValueError):
     """A user's request to the sampler cannot be carried out; one sentence and the remedy."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

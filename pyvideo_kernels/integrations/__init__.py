@@ -6,15 +6,18 @@ Importing this imports no diffusers; a call does.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..attention_choice import AttentionChoice
+from ..attention_text import choose
 from ..dispatch import IMPLS
 from ..errors import ModelError, UnsupportedError, ValueOptionError
 from ..schemas import OPS
+from .precision import refuse_unbuilt
 from .report import Report
 from .swap import Plan, Settings, install, remove, swapped
 from .upfront import Checked, check_model, execution_device, warm_model, warm_ops
@@ -33,14 +36,13 @@ _PIPELINE_KEPT = [
     ("scheduler", "guidance and update fuse only in a sampling loop: pyvideo_kernels.sampler has one"),
     ("text_encoder", "runs once a prompt"),
 ]
-_ATTENTIONS = (None, "dense")
 
 
 def accelerate(
     target: Any,
     *,
     ops: str | Collection[str] = "all",
-    attention: str | None = None,
+    attention: str | Mapping[str, Any] | AttentionChoice | None = None,
     impl: str = "auto",
     strict: bool = False,
 ) -> Report:
@@ -58,7 +60,19 @@ def accelerate(
         target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel`` or ``AutoencoderKLWan``.
         ops: ``"all"``, or the names of the ops to use.
         attention: None keeps the model's own attention (its backend, context parallelism and caches with it);
-            ``"dense"`` runs self-attention through ``spacetime_attention``.
+            ``"dense"`` runs self-attention through ``spacetime_attention``, and so do ``"int8"`` and ``"fp8"`` in that
+            precision. A mapping asks for less than all pairs, by one of
+
+            - ``window``: keys along (time, height, width), integers in tokens or floats as shares of the axes, or one
+              such row for each head; ``stride``: queries that share a window; ``precision``: ``int8`` or ``fp8``;
+            - ``top_k``: as many tiles of keys for each tile of queries, or a float: that share of them;
+            - ``share``: as many tiles as hold this share of the estimated attention mass; ``tile``: their size in
+              tokens, 64 or 128 in all;
+
+            and names exceptions: ``dense_layers`` (the first so many blocks, or a collection of indices),
+            ``dense_steps`` (the first so many denoising steps, or a float: that share of them) and ``layers``
+            (``{index, range or "20-29": choice}``). Text as for ``pyvideo sample --attention`` says the same:
+            ``"window=0.5x0.5x0.5,dense_steps=4,dense_layers=2"``.
         impl: passed to every op: ``auto``, ``reference``, ``triton``, ``cpu`` or ``cuda``. With anything but ``auto``
             an op that lacks it raises when called.
         strict: raise, with the reasons and before anything is changed, if something that was asked for would be left;
@@ -67,10 +81,12 @@ def accelerate(
         Report: what runs now, what was left and why, and counters of what really ran.
     Raises:
         ModelError: not a model this package knows, or a diffusers whose source it was not written against.
-        ValueOptionError: unknown op or implementation.
-        UnsupportedError: unknown ``attention``, or ``strict`` and something is left.
+        ValueOptionError: unknown op or implementation; an ``attention`` that is not one, or not one for this model.
+        UnsupportedError: a precision that is not built, or ``strict`` and something is left.
     """
-    settings = Settings(_op_names(ops), _attention(attention), _impl(impl), strict)
+    choice = choose(attention, "accelerate: `attention`")
+    refuse_unbuilt(choice, "accelerate: attention")
+    settings = Settings(_op_names(ops), choice, _impl(impl), strict)
     plan = Plan()
     models = list(_models(target))
     names: dict[str, list[str]] = {}
@@ -210,15 +226,6 @@ def _op_names(ops: str | Collection[str]) -> frozenset[str]:
     if unknown:
         raise ValueOptionError(f"accelerate: unknown op {', '.join(unknown)}; there are {', '.join(known)}")
     return frozenset(ops)
-
-
-def _attention(attention: str | None) -> str | None:
-    if attention not in _ATTENTIONS:
-        raise UnsupportedError(
-            f"accelerate: attention {attention!r} does not exist; there are None (the model's own attention) and "
-            "'dense' (spacetime_attention over all tokens)"
-        )
-    return attention
 
 
 def _impl(impl: str) -> str:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .. import dispatch
-from .swap import Plan, Settings, fallbacks
+from .swap import Plan, Settings, Swap, fallbacks, seen
 
 
 class Report:
@@ -50,13 +50,14 @@ class Report:
             return modules.setdefault(path, {"runs": [], "left": {}})
 
         for swap in self._plan.swaps:
-            entry(swap.path).update({"runs": list(swap.ops)} | ({"note": swap.note} if swap.note else {}))
+            attention, notes = self._attention(swap), {"note": swap.note} if swap.note else {}
+            entry(swap.path).update({"runs": list(swap.ops)} | notes | ({"attention": attention} if attention else {}))
         for left in self._plan.left:
             entry(left.path)["left"][left.op] = left.reason
         return {
             "target": self.target,
             "ops": sorted(self._settings.ops),
-            "attention": self._settings.attention,
+            "attention": None if self._settings.attention is None else self._settings.attention.to_dict(),
             "impl": self._settings.impl,
             "complete": self.complete,
             "modules": modules,
@@ -69,12 +70,19 @@ class Report:
         """``(modules, state, what)`` with the modules of all blocks on one line; what the table shows."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for swap in self._plan.swaps:
-            what = "; ".join(part for part in (", ".join(swap.ops), swap.note) if part)
+            what = "; ".join(part for part in (", ".join(swap.ops), self._attention(swap), swap.note) if part)
             groups.setdefault((_pattern(swap.path), "runs", what), []).append(swap.path)
         for left in self._plan.left:
             groups.setdefault((_pattern(left.path), "left", f"{left.op}: {left.reason}"), []).append(left.path)
         out = [(_label(pattern, paths), state, what) for (pattern, state, what), paths in groups.items()]
         return out + [(path, "stock", reason) for path, reason in self._plan.kept]
+
+    def _attention(self, swap: Swap) -> str:
+        """What an attention module runs, in tokens once it was called; empty for other modules."""
+        choice = self._settings.attention
+        if choice is None or swap.attention is None or swap.attention.op not in swap.ops:
+            return ""
+        return choice.note(swap.attention, seen(self._settings))
 
     def _counts(self) -> list[str]:
         lines = []

@@ -19,19 +19,22 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attention_choice import AttentionChoice, LayerAttention
 from ..errors import UnsupportedError
 
 MARK = "_pyvideo_swap"
 _tokens = itertools.count(1)
 # (token of the settings, op, reason) -> how often a call went to the stock code.
 _fallbacks: collections.Counter[tuple[int, str, str]] = collections.Counter()
+# token of the settings -> the grid of tokens that a transformer with them was last called on.
+_grids: dict[int, tuple[int, int, int]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,7 @@ class Settings:
     """What one call of accelerate() asked for; every module it swapped holds this."""
 
     ops: frozenset[str]
-    attention: str | None = None
+    attention: AttentionChoice | None = None
     impl: str = "auto"
     strict: bool = False
     # Names the counters: a number, so that compiled graphs see a constant.
@@ -56,6 +59,8 @@ class Swap:
     """One module whose forward is to be replaced by ``forward(module, settings, *args, **kwargs)``.
 
     ``ops`` run inside that forward; a module that only hands arguments to the modules that run them has a ``note``.
+    ``methods`` stand in for other methods of the instance: ``method(module, ...)``, which may keep what it learns in
+    ``mark_of(module)``. ``attention`` is what an attention module runs.
     """
 
     path: str
@@ -63,6 +68,8 @@ class Swap:
     forward: Callable[..., Any]
     ops: tuple[str, ...]
     note: str = ""
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    attention: LayerAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -88,15 +95,20 @@ class Plan:
         self.kept += other.kept
 
 
-class _Mark:
-    """What a swapped module remembers: the settings, and the forward that was replaced (None: its class's)."""
+class Mark:
+    """What a swapped module remembers: the settings, and what was replaced (None: its class's)."""
 
     def __init__(self, settings: Settings, original: Callable[..., Any] | None) -> None:
         self.settings = settings
         self.original = original
+        self.methods: dict[str, Any] = {}
+        # Whether the denoising step that is running is a dense one; None: no step is known.
+        self.dense_step: bool | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
-        return _Mark(copy.deepcopy(self.settings, memo), copy.deepcopy(self.original, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
+        copied = Mark(copy.deepcopy(self.settings, memo), copy.deepcopy(self.original, memo))
+        copied.methods = copy.deepcopy(self.methods, memo)
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled module is the stock one: it must load where this package, or its version, is not the same.
@@ -105,6 +117,12 @@ class _Mark:
 
 def _no_mark() -> None:
     return None
+
+
+def mark_of(module: nn.Module) -> Mark | None:
+    """What ``install`` left on a module; None if it is not swapped."""
+    mark: Mark | None = module.__dict__.get(MARK)
+    return mark
 
 
 @functools.cache
@@ -199,8 +217,11 @@ def install(swap: Swap, settings: Settings) -> None:
     remove(module)
     holder, attribute = innermost(module)
     original = holder.__dict__.get(attribute)
-    module.__dict__[MARK] = _Mark(settings, original)
+    mark = module.__dict__[MARK] = Mark(settings, original)
     holder.__dict__[attribute] = types.MethodType(_as_method(swap.forward), module)
+    for name, method in swap.methods.items():
+        mark.methods[name] = module.__dict__.get(name)
+        module.__dict__[name] = types.MethodType(method, module)
 
 
 def remove(module: nn.Module) -> bool:
@@ -217,6 +238,11 @@ def remove(module: nn.Module) -> bool:
         else:
             # A hook was added over our forward: it keeps what it would have kept of a stock module.
             holder.__dict__[attribute] = types.MethodType(type(module).forward, module)
+    for name, original in mark.methods.items():
+        if original is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = original
     return True
 
 
@@ -291,3 +317,14 @@ def fallbacks(settings: Settings) -> dict[str, dict[str, int]]:
         if token == settings.token:
             out.setdefault(op, {})[reason] = count
     return out
+
+
+def saw(settings: Settings, grid: tuple[int, int, int]) -> None:
+    """Remember the grid of a call, for the report; not from inside a compiled graph, which may serve many."""
+    if not torch.compiler.is_compiling():
+        _grids[settings.token] = grid
+
+
+def seen(settings: Settings) -> tuple[int, int, int] | None:
+    """The grid that a transformer was last called on with these settings."""
+    return _grids.get(settings.token)

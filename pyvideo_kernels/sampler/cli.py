@@ -74,7 +74,14 @@ def sample(
     scheduler: Annotated[str | None, typer.Option(metavar=_one_of(SCHEDULERS), help="Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same film.")] = 0,
     ops: Annotated[str, typer.Option(help="all, or the ops to use, with commas.")] = "all",
-    attention: Annotated[str | None, typer.Option(help="dense runs ours; default: the model's own.")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="dense|int8|fp8|KEY=VALUE,...",
+            help="dense runs ours; window=0.5x0.5x0.5 (shares of the grid, or tokens), top_k=0.2 or share=0.9 less "
+            "than all of it, with dense_layers=2,dense_steps=4 for exceptions; default: the model's own.",
+        ),
+    ] = None,
     impl: Annotated[str, typer.Option(metavar=_one_of(IMPLS), help="Which implementation of each op.")] = "auto",
     eager: Annotated[bool, typer.Option("--eager", help="diffusers' own modules and scheduler instead.")] = False,
     dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
@@ -280,7 +287,9 @@ def verify(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="True size, no download.")] = False,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
-    attention: Annotated[str | None, typer.Option(help="dense checks ours; default: the model's own runs.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="As for sample: dense checks ours; default: the model's own runs.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result file here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tables alone, no progress.")] = False,
 ) -> None:

@@ -203,9 +203,11 @@ class Film:
 
     def metadata(self) -> dict[str, Any]:
         """What the film's file says of its making; no times and no paths, so that the same run gives the same file."""
+        from ..attention_text import choose
         from .loading import dtype_name
 
         s, own = self.settings, self.sampler.settings
+        choice = choose(own.attention)
         return {
             "generator": f"pyvideo-kernels {__version__}",
             "prompt": s.prompt,
@@ -223,6 +225,7 @@ class Film:
             "scheduler": self.plan.scheduler,
             "dtype": dtype_name(self.sampler.dtype),
             "kernels": "diffusers" if own.eager else "pyvideo",
+            "attention": None if choice is None else choice.to_dict(),
         }
 
     def stats(self) -> dict[str, Any]:

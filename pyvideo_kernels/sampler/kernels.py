@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from .. import _native, dispatch
+from ..attention_choice import DENSE_OP, TILES_OP
+from ..attention_text import choose
 from ..error_types import UnsupportedError, UsageError
 from ..schemas import OPS
 from .problems import did_you_mean
@@ -35,25 +37,29 @@ def _chosen(ops: str | Iterable[str]) -> list[str]:
     return forward_ops() if ops == "all" else list(ops)
 
 
-def check(ops: str | Iterable[str], attention: str | None, impl: str, device: torch.device) -> None:
+# What run only inside another op, which launches them as it does itself.
+_INNER = {TILES_OP: ("block_mean", "block_sparse_attention")}
+
+
+def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, impl: str, device: torch.device) -> None:
     """Refuse, before loading, an explicit choice that this device or op cannot serve.
 
     Raises:
         UsageError, DeviceError: names the remedy.
     """
     wanted = _chosen(ops)
-    from ..integrations import _ATTENTIONS
+    from ..integrations.precision import refuse_unbuilt
 
-    if attention not in _ATTENTIONS:
-        there = ", ".join(str(a) for a in _ATTENTIONS if a)
-        raise UsageError(f"--attention must be one of {there} (left out: the model's own); got {attention!r}")
+    choice = choose(attention, "--attention")
+    refuse_unbuilt(choice, "--attention")
     if impl == "auto":
         return
     have = [name for name in wanted if impl in OPS[name].impls]
     for name in have:
         dispatch.check_runs_on(OPS[name], impl, device)
-    # What a run never calls need not be there: updates in place, and attention that stays the model's own.
-    idle = {"qk_norm_rope_"} | ({"spacetime_attention"} if attention is None else set())
+    # What a run never calls need not be there: updates in place, and attention that was not asked for.
+    runs = () if choice is None else choice.ops()
+    idle = {"qk_norm_rope_"} | ({DENSE_OP, TILES_OP, *_INNER[TILES_OP]} - set(runs))
     lacking = [name for name in wanted if impl not in OPS[name].impls and name not in idle]
     if lacking:
         remedy = f"add --ops {','.join(have)}, or --impl auto" if have else "use --impl auto"

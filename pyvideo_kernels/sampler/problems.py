@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from pathlib import Path
 
 from ..error_types import DeviceError, ModelError, PyVideoError, UnsupportedError, UsageError, ValueOptionError
+from ..error_types import did_you_mean as did_you_mean
 
 
 class Exit(IntEnum):
@@ -58,12 +58,6 @@ def exit_code(error: BaseException) -> Exit | None:
         if isinstance(error, kind):  # type: ignore[arg-type]
             return code
     return None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def finish(work: Callable[[], object]) -> None:

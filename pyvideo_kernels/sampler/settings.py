@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..error_types import UsageError
+from ..attention_text import choose
+from ..error_types import UsageError, ValueOptionError
 from .problems import did_you_mean
 
 SCHEDULERS = ("unipc", "euler")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 OFFLOADS = ("none", "model", "group")
 IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa")
+
+# Its text, or in files and in Python the mapping that accelerate() takes.
+Attention = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Settings:
     scheduler: str | None = None
     seed: int = 0
     ops: str = "all"
-    attention: str | None = None
+    attention: Attention | None = None
     impl: str = "auto"
     eager: bool = False
     dtype: str = "auto"
@@ -72,7 +76,7 @@ class Settings:
             if value is None and name in _OPTIONAL:
                 continue
             if not _fits(value, kind):
-                raise UsageError(f"--{name} must be of type {kind}; got {value!r}")
+                raise UsageError(f"--{name} must be of type {_NAMES.get(kind, kind)}; got {value!r}")
         if not self.prompt.strip():
             raise UsageError("the prompt is empty: say what the film shall show, in quotes")
         for name in ("height", "width", "frames", "steps", "upscale"):
@@ -92,6 +96,10 @@ class Settings:
         _choice("dtype", self.dtype, DTYPES)
         _choice("offload", self.offload, OFFLOADS)
         _choice("impl", self.impl, IMPLS)
+        try:
+            choose(self.attention, "--attention")
+        except ValueOptionError as error:
+            raise UsageError(str(error)) from None
         kind, _, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
             raise UsageError(f"--device must be auto, cpu, cuda or cuda:N; got {self.device!r}")
@@ -130,7 +138,10 @@ def lora_file(text: str) -> tuple[Path, float]:
 # Files of options ----------------------------------------------------------------------------------------------
 
 # The abstract numbers: numpy's are welcome too.
-_TYPES: dict[str, type] = {"str": str, "int": numbers.Integral, "float": numbers.Real, "bool": bool}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": numbers.Integral, "float": numbers.Real, "bool": bool, "Attention": (str, Mapping),
+}  # fmt: skip
+_NAMES = {"Attention": "str or mapping"}
 _FIELDS = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Settings)}
 _OPTIONAL = {field.name for field in dataclasses.fields(Settings) if field.default is None}
 # Keys of run.yaml that belong to the command rather than to one film.
@@ -148,7 +159,7 @@ def _typed(where: str, key: str, value: Any, kind: str) -> Any:
     if value is None:
         return None
     if not _fits(value, kind):
-        raise UsageError(f"{where}: {key} must be of type {kind}; got {value!r}")
+        raise UsageError(f"{where}: {key} must be of type {_NAMES.get(kind, kind)}; got {value!r}")
     return float(value) if kind == "float" else value
 
 

@@ -270,7 +270,7 @@ def test_options_are_checked_before_anything_is_done():
         pv.accelerate(model, ops="rms_norm")
     with pytest.raises(ValueOptionError, match="`impl` must be one of"):
         pv.accelerate(model, impl="best")
-    with pytest.raises(UnsupportedError, match="there are None .* and 'dense'"):
+    with pytest.raises(ValueOptionError, match="`attention` must be one of dense, .*; got 'sparse'"):
         pv.accelerate(model, attention="sparse")
     assert not list(swap.swapped(model))
 

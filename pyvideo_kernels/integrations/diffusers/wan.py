@@ -14,7 +14,10 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import nn
 
+from ...attention_choice import LayerAttention
+from ...errors import ValueOptionError
 from ..swap import Left, Plan, Settings, Swap, obstacle
+from . import steps
 from . import wan_attention as attention
 from . import wan_forwards as forwards
 
@@ -58,6 +61,7 @@ class _Planner:
         serves: tuple[str, ...] = (),
         note: str = "",
         unfit: str | None = None,
+        **more: Any,
     ) -> bool:
         """Plan a swap for those of ``ops`` (run in it) and ``serves`` (run in its children) that were asked for."""
         asked = self.settings.ops
@@ -73,16 +77,20 @@ class _Planner:
         if reason is not None:
             self.result.left += [Left(self._path(inner), op, reason) for op in wanted]
             return False
-        self.result.swaps.append(Swap(self._path(inner), module, forward, runs, note))
+        self.result.swaps.append(Swap(self._path(inner), module, forward, runs, note, **more))
         return True
 
     def keep(self, inner: str, reason: str) -> None:
         self.result.kept.append((self._path(inner), reason))
 
     def transformer(self, model: Any) -> None:
-        serves = ("patch_embed3d", "final_layer", *self.dense)
+        self.check_attention(model)
+        serves = ("patch_embed3d", "final_layer", *self.attention_ops)
         note = "asks patch_embedding for tokens and proj_out for a video"
-        if self.swap("", model, WanTransformer3DModel, forwards.transformer_forward, (), serves=serves, note=note):
+        choice = self.settings.attention
+        methods = {"cache_context": steps.cache_context} if choice is not None and choice.dense_steps != 0 else {}
+        kind, forward = WanTransformer3DModel, forwards.transformer_forward
+        if self.swap("", model, kind, forward, (), serves=serves, note=note, methods=methods):
             conv = model.patch_embedding
             unfit = _odd_conv(conv)
             self.swap("patch_embedding", conv, nn.Conv3d, forwards.patch_forward, ("patch_embed3d",), unfit=unfit)
@@ -93,40 +101,60 @@ class _Planner:
             )
         self.norm("norm_out", model.norm_out, "layer_norm_modulate", note="where proj_out cannot run final_layer")
         for index, block in enumerate(model.blocks):
-            self.block(f"blocks.{index}", block)
+            self.block(f"blocks.{index}", block, None if choice is None else choice.layer(index))
         image = model.condition_embedder.image_embedder
         if image is not None:
             for name in ("norm1", "norm2"):
                 self.norm(f"condition_embedder.image_embedder.{name}", getattr(image, name), "layer_norm_modulate")
         self.keep("blocks.*.ffn", "its GEMMs and GELU stay module calls: LoRA, fp8 casting and quantisation need them")
-        if not self.dense:
+        if choice is None:
             self.keep("blocks.*.attn1", "the attention itself runs on the model's own backend (attention=None)")
         self.keep("blocks.*.attn2", "the cross-attention itself runs on the model's own backend")
 
+    def check_attention(self, model: Any) -> None:
+        """Refuse exceptions for blocks that are not there, and windows for another number of heads."""
+        choice = self.settings.attention
+        if choice is None:
+            return
+        where = f"accelerate: `attention`{self.root and f' of {self.root}'}"
+        blocks, heads = len(model.blocks), model.config.num_attention_heads
+        beyond = [index for index in choice.layers if index >= blocks]
+        if beyond:
+            raise ValueOptionError(f"{where} names block {min(beyond)}; there are {blocks}, 0 to {blocks - 1}")
+        for layer in (choice.base, *choice.layers.values()):
+            if len(layer.window) not in (0, 1, heads):
+                rows = len(layer.window)
+                raise ValueOptionError(
+                    f"{where}: `window` must be one row, or one for each of {heads} heads; got {rows}"
+                )
+
     @property
-    def dense(self) -> tuple[str, ...]:
-        return ("spacetime_attention",) if self.settings.attention is not None else ()
+    def attention_ops(self) -> tuple[str, ...]:
+        return () if self.settings.attention is None else self.settings.attention.ops()
 
     def norm(self, inner: str, module: nn.Module, *ops: str, note: str = "") -> None:
         self.swap(inner, module, FP32LayerNorm, forwards.norm_forward, ops, note=note)
 
-    def block(self, inner: str, block: Any) -> None:
+    def block(self, inner: str, block: Any, layer: LayerAttention | None) -> None:
         fused = "gate_residual_norm_modulate"
-        serves = ("layer_norm_modulate", fused, *self.dense)
+        ops = () if layer is None or self.settings.attention is None else self.settings.attention.ops_of(layer)
+        serves = ("layer_norm_modulate", fused, *ops)
         note = "hands modulation, branch and gate to its norms"
         kind, forward = WanTransformerBlock, forwards.block_forward
         if self.swap(inner, block, kind, forward, ("gate_residual",), serves=serves, note=note):
             self.norm(f"{inner}.norm1", block.norm1, "layer_norm_modulate")
             # Two separate ops where the fused one was not asked for.
-            ops = (fused,) if fused in self.settings.ops else ("gate_residual", "layer_norm_modulate")
+            norms = (fused,) if fused in self.settings.ops else ("gate_residual", "layer_norm_modulate")
             for name in ("norm2", "norm3"):
                 module = getattr(block, name)
                 if type(module) is not nn.Identity:
-                    self.norm(f"{inner}.{name}", module, *ops)
-        self.attention(f"{inner}.attn1", block.attn1, rotated=True)
+                    self.norm(f"{inner}.{name}", module, *norms)
+        self.attention(f"{inner}.attn1", block.attn1, ops, layer, rotated=True)
         self.attention(f"{inner}.attn2", block.attn2, rotated=False)
 
-    def attention(self, inner: str, attn: Any, rotated: bool) -> None:
+    def attention(
+        self, inner: str, attn: Any, ops: tuple[str, ...] = (), layer: LayerAttention | None = None, *, rotated: bool
+    ) -> None:
         if rotated:
             processor = getattr(attn, "processor", None)
             unfit = None
@@ -134,7 +162,8 @@ class _Planner:
                 unfit = f"its processor is a {type(processor).__name__}, not the stock WanAttnProcessor"
             note = "hands the rotary tables to norm_q and norm_k"
             kind, forward = WanAttention, attention.attention_forward
-            self.swap(inner, attn, kind, forward, self.dense, serves=("qk_norm_rope",), note=note, unfit=unfit)
+            serves = ("qk_norm_rope",)
+            self.swap(inner, attn, kind, forward, ops, serves=serves, note=note, unfit=unfit, attention=layer)
         for name in ("norm_q", "norm_k", "norm_added_k"):
             if hasattr(attn, name):
                 op = "qk_norm_rope" if rotated and name != "norm_added_k" else "rms_norm"

@@ -16,9 +16,12 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
+from ...attention_choice import DENSE_OP, LayerAttention
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.rms_norm import rms_norm
 from ...ops.spacetime_attention import spacetime_attention
+from ...ops.video_sparse_attention import video_sparse_attention
+from ...schemas import OPS
 from ..swap import Settings, fall_back, ours, why_not
 
 # The text encoder's context length, which the stock processor hardcodes to tell image tokens from text tokens.
@@ -76,6 +79,7 @@ def attention_forward(
     attention_mask: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
     grid: tuple[int, int, int] | None = None,
+    layer: LayerAttention | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """WanAttention with the stock processor's arithmetic; any other processor is called as it is."""
@@ -103,10 +107,9 @@ def attention_forward(
         image_value = image_value.unflatten(2, (self.heads, -1))
         image_out = _attend(processor, query, image_key, image_value, None, None)
 
-    if encoder_hidden_states is None and _dense(settings, query, key, value, attention_mask, grid, processor):
-        assert grid is not None
-        attended: Any = spacetime_attention(query, key, value, grid=grid, impl=settings.impl)
-        out = attended.flatten(2, 3)
+    if encoder_hidden_states is None and _serves(settings, layer, query, key, value, attention_mask, grid, processor):
+        assert grid is not None and layer is not None
+        out = _ours(layer, query, key, value, grid, settings.impl).flatten(2, 3)
     else:
         parallel = processor._parallel_config if encoder_hidden_states is None else None
         out = _attend(processor, query, key, value, attention_mask, parallel)
@@ -179,8 +182,31 @@ def _stock_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.type_as(x)
 
 
-def _dense(
+def _ours(
+    layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int, int], impl: str
+) -> Tensor:
+    """The attention of ``layer`` through our ops."""
+    out: Any
+    if layer.op == DENSE_OP:
+        window, stride = layer.window_on(grid)
+        out = spacetime_attention(
+            query, key, value, grid=grid, window=window, stride=stride, precision=layer.precision, impl=impl
+        )
+    elif layer.share is not None:
+        out = video_sparse_attention(
+            query, key, value, grid=grid, tile=layer.tile, select="threshold", share=layer.share, impl=impl
+        )
+    else:
+        out = video_sparse_attention(
+            query, key, value, grid=grid, tile=layer.tile, top_k=layer.top_k_on(grid), impl=impl
+        )
+    attended: Tensor = out
+    return attended
+
+
+def _serves(
     settings: Settings,
+    layer: LayerAttention | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -188,20 +214,29 @@ def _dense(
     grid: tuple[int, int, int] | None,
     processor: Any,
 ) -> bool:
-    """Whether this self-attention runs through spacetime_attention."""
-    if settings.attention is None or "spacetime_attention" not in settings.ops:
+    """Whether this self-attention runs through our ops."""
+    choice = settings.attention
+    if choice is None:
+        return False
+    op = (choice.base if layer is None else layer).op
+    if op not in settings.ops:
         return False
     reason = why_not(query) or why_not(value)
     if mask is not None:
         reason = f"{str(mask.dtype).removeprefix('torch.')} attention mask"
     elif processor._parallel_config is not None:
         reason = "context parallelism"
-    elif grid is None:
+    elif grid is None or layer is None:
         reason = "called outside the accelerated transformer, which knows the grid"
     elif grid[0] * grid[1] * grid[2] != query.shape[1]:
         reason = "the sequence is not the whole grid"
     elif value.dtype != query.dtype or key.dtype != query.dtype:
         reason = "q, k and v of different dtypes"
+    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if not OPS[op].differentiable:
+            reason = "gradients are wanted and the op has no backward"
+        elif layer.precision != "native":
+            reason = f"gradients are wanted and {layer.precision} has no backward"
     if reason is not None:
-        fall_back(settings, "spacetime_attention", reason)
+        fall_back(settings, op, reason)
     return reason is None

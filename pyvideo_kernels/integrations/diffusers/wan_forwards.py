@@ -27,12 +27,13 @@ from diffusers.models.transformers.transformer_wan import (
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from ...attention_choice import DENSE, LayerAttention
 from ...ops.final_layer import final_layer
 from ...ops.gate_residual import gate_residual
 from ...ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ...ops.layer_norm_modulate import layer_norm_modulate
 from ...ops.patch_embed3d import patch_embed3d
-from ..swap import Settings, autocasting, fall_back, ours, why_not
+from ..swap import MARK, Settings, autocasting, fall_back, ours, saw, why_not
 
 # Norms: they own their weights, so the fused ops run in their forwards -----------------------------------------
 
@@ -133,6 +134,7 @@ def block_forward(
     temb: Tensor,
     rotary_emb: tuple[Tensor, Tensor],
     grid: tuple[int, int, int] | None = None,
+    layer: LayerAttention | None = None,
 ) -> Tensor:
     """WanTransformerBlock; modulation stays fp32, and each op rounds once to the dtype of the residual stream."""
     if temb.ndim == 4:  # one modulation a token (TI2V): [B, S, 6, D]
@@ -144,7 +146,7 @@ def block_forward(
     x = hidden_states
     normed = _normalise(self.norm1, x, scale, shift)
     if ours(self.attn1, WanAttention) and grid is not None:
-        branch = self.attn1(normed, None, None, rotary_emb, grid)
+        branch = self.attn1(normed, None, None, rotary_emb, grid, layer)
     else:
         branch = self.attn1(normed, None, None, rotary_emb)
     x, normed = _add_and_normalise(self.norm2, settings, x, branch, gate)
@@ -235,16 +237,33 @@ def transformer_forward(
     if image is not None:
         context = torch.concat([image, context], dim=1)
 
-    wants_grid = settings.attention is not None
+    choice = settings.attention
+    dense_step = choice is not None and _in_dense_step(self, settings)
+    if choice is not None:
+        saw(settings, grid)
     checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-    for block in self.blocks:
+    for index, block in enumerate(self.blocks):
         arguments: tuple[Any, ...] = (x, context, modulation, rotary_emb)
-        if wants_grid and ours(block, WanTransformerBlock):
-            arguments = (*arguments, grid)
+        if choice is not None and ours(block, WanTransformerBlock):
+            arguments = (*arguments, grid, DENSE if dense_step else choice.layer(index))
         x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
 
     video = _last(self, settings, x, temb, grid, patch)
     return Transformer2DModelOutput(sample=video) if return_dict else (video,)
+
+
+def _in_dense_step(self: WanTransformer3DModel, settings: Settings) -> bool:
+    """Whether every block is dense in this call; if nobody said which step it is, yes: that changes no film."""
+    choice = settings.attention
+    if choice is None or choice.dense_steps == 0:
+        return False
+    dense: bool | None = getattr(self, MARK).dense_step
+    if dense is None:
+        fall_back(
+            settings, choice.ops()[0], "dense, as no denoising step is known: call the model in its cache_context"
+        )
+        return True
+    return dense
 
 
 def _last(
