@@ -105,14 +105,18 @@ def samples(
 
 
 def _with_gradients(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A forward sample as one of the backward op: random gradients of its outputs, all of its tensors wanted."""
+    """A forward sample as one of the backward op: random gradients of its outputs, all of its tensors wanted.
+
+    Its own outputs too where the backward is given them: the oracle's.
+    """
     from ..schemas import OPS
 
     op = OPS[name]
     generator = torch.Generator().manual_seed(1)
     outputs = _as_tuple(function(*op.bind(**kwargs)))
     grads = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
-    return {"grads": grads, **kwargs, "needs": [kwargs[n] is not None for n in op.differentiable]}
+    given: dict[str, Any] = {"outputs": list(outputs)} if op.saves_outputs else {}
+    return {"grads": grads, **given, **kwargs, "needs": [kwargs[n] is not None for n in op.differentiable]}
 
 
 def move(value: Any, device: torch.device) -> Any:
