@@ -263,9 +263,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a result file")
     parser.add_argument("--commit", action="store_true", help=f"merge what passed into {verdicts.VERIFIED.name}")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        parser.error(f"--device must be cpu, cuda or cuda:N; got {options.device!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error(f"--device {options.device}: torch finds no GPU; use --device cpu")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     rows = []
     for row in canaries(device, head_dims=options.head_dim or dispatch.HEAD_DIMS, ops=options.op):
         state = {True: "ok", False: "FAILED", None: "refused"}[row.ok]

@@ -26,16 +26,18 @@ def poisoned() -> Iterator[None]:
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # Not torch.use_deterministic_algorithms, which also imports and reconfigures the compiler.
+    switch = torch._C._set_deterministic_algorithms
     with warnings.catch_warnings():
         # The same switch makes torch complain of library kernels; that is no business of this check.
         warnings.filterwarnings("ignore", message=".*determinis.*", category=UserWarning)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        switch(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         try:
             yield
         finally:
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            switch(enabled, warn_only=warn_only)
 
 
 @contextlib.contextmanager
