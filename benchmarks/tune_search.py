@@ -25,6 +25,8 @@ GAIN = 0.02
 # How many are left after each pass over the smallest shape, and its rounds; the last ones meet every shape. A pass
 # that would not halve the field is left out.
 _PASSES = ((8, 3), (3, 5))
+# Seconds that looking through the candidates of a key may take, about: of slow kernels only the nearest are tried.
+_SCREEN_S = 20.0
 # At most so many in turns: each keeps its outputs alive.
 _TURNS = 8
 # Elements compared at a time.
@@ -145,6 +147,13 @@ class Search:
 
         return run
 
+    def affordable(self, question: Question, launch: Launch, rule: Any) -> int:
+        """How many candidates there is time for: each is run once to compare and about four times to time."""
+        call, args = self.call(question, launch, rule), launch.args(self.device)
+        backend = backend_for(self.device)
+        backend.warm(lambda: call(args))
+        return max(4, int(_SCREEN_S / (5 * max(backend.seconds(lambda: call(args)), 1e-6))))
+
     def agreeing(self, question: Question, launch: Launch, configs: Sequence[Any]) -> dict[Any, str]:
         """Why each configuration whose output is not that of the first one, the rule's, is dropped."""
         self.check_time()
@@ -229,6 +238,8 @@ class Search:
         drop(self.compile(question, configs, [smallest]))
         if following is not None:
             self.ahead(following)
+        many = self.affordable(question, smallest, rule)
+        drop(dict.fromkeys(configs[1 + many :], "time"))
         drop(self.agreeing(question, smallest, configs))
         for keep, rounds in _PASSES:
             if len(configs) - 1 >= 2 * keep:

@@ -256,6 +256,14 @@ def test_nothing_is_tuned_where_the_rule_itself_is_wrong(out, kernel):
     assert len(summary["wrong"]) == 1 and "rms_norm_silu" in summary["wrong"][0]
 
 
+def test_of_a_slow_kernel_only_the_nearest_are_tried(monkeypatch):
+    monkeypatch.setattr(tune_search, "_SCREEN_S", 0.0)
+    asked = question()
+    candidates = tuned.families()[asked.family].candidates("cpu", **dict(asked.key))
+    row = Search(CPU, "sm_90", None, timer=Clock(lambda config: 1.0), say=lambda line: None).answer(asked)
+    assert row["dropped"] == {"time": len(candidates) - 5} and row["candidates"] == len(candidates)
+
+
 def test_what_cannot_be_timed_is_dropped():
     def seconds(config):
         if config.rows == 4:
