@@ -19,6 +19,7 @@ import fnmatch
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import torch
 from pyvideo_kernels import verdicts
 from pyvideo_kernels.benchmarks import slices
 from pyvideo_kernels.benchmarks.campaign_state import State
-from pyvideo_kernels.benchmarks.slice_process import Process
+from pyvideo_kernels.benchmarks.slice_process import RUNNING, Process
 from pyvideo_kernels.benchmarks.slices import ROOT, Slice
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import PyVideoError, UnsupportedError, ValueOptionError
@@ -84,6 +85,7 @@ class Campaign:
                 self._run(chosen)
         finally:
             self._end_process()
+            shutil.rmtree(self.state.out / RUNNING, ignore_errors=True)
 
     def _next(self) -> Slice | None:
         """The first slice that is wanted and fits: those never measured, then stale ones, then those that failed."""
@@ -129,12 +131,18 @@ class Campaign:
         if not any(self.state.out.glob("*-*.json")) or self.left <= 0:
             return
         process = Process(self.device, {})
-        request = {"run": f"{slices.RUNS}:report", "out": str(self.state.out.resolve()), "dry": self.state.dry,
-                   "parameters": {}, "seconds": self.left}  # fmt: skip
+        request = {
+            "run": f"{slices.RUNS}:report",
+            "out": str(self.state.out.resolve() / "report"),
+            "dry": self.state.dry,
+            "parameters": {"folder": str(self.state.out.resolve())},
+            "seconds": self.left,
+        }
         try:
             answer = process.run(request, self.left)
         finally:
             process.close()
+            shutil.rmtree(self.state.out / RUNNING, ignore_errors=True)
         say(f"report: {answer.summary}")
         if self.pack is not None:
             pack(self.pack, self.state.out)

@@ -26,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 3000
 """Characters of a failed slice's output that are kept."""
+RUNNING = ".running"
+"""Folder beside the results in which a slice writes its own; it moves up when the slice has ended well."""
 DRY = "dry"
 """Key of a result that was walked on tiny shapes; no table takes one."""
 
@@ -35,7 +37,7 @@ class Job:
     """One slice to run.
 
     Args:
-        out: its result file.
+        out: its result file, while it runs.
         device: ``"cuda"`` or ``"cpu"``.
         dry: tiny shapes, and the result says so.
         parameters: what the plan says.
@@ -195,13 +197,19 @@ def serve(send: int, device: str) -> None:
         request = json.loads(line)
         module, _, function = request.pop("run").partition(":")
         try:
-            job = Job(Path(request.pop("out")), device, **request)
+            final = Path(request.pop("out"))
+            # What fails at the end must not leave a result that looks like one.
+            job = Job(final.parent / RUNNING / final.name, device, **request)
+            job.out.parent.mkdir(parents=True, exist_ok=True)
+            job.out.unlink(missing_ok=True)
             outcome = getattr(importlib.import_module(module), function)(job)
             if device == "cuda":
                 import torch
 
                 torch.cuda.synchronize()  # an error of a kernel that was only launched is this slice's own
                 torch.cuda.empty_cache()
+            if job.out.exists():
+                os.replace(job.out, final)
             status = "left" if outcome.unfinished else "done"
             answer = {"status": status, "summary": outcome.summary, "red": outcome.red}
         except BaseException as error:

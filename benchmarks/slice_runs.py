@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,12 +125,13 @@ def e2e(job: Job) -> Outcome:
 
 
 def report(job: Job) -> Outcome:
-    """The results so far as a page and plots where git ignores them; ``job.out`` is the folder of the results."""
+    """The results so far as a page and plots where git ignores them."""
     from . import numbers
 
-    into = job.out / "report" if job.dry else numbers.ROOT / "runs" / "campaign" / job.out.name
-    found = (path for path in sorted(job.out.glob("*.json")) if path.name != numbers.STATE)
-    paths = numbers.report(found, into, f"Campaign: {job.out.name}", dry=job.dry)
+    folder = Path(job.parameters["folder"])
+    into = folder / "report" if job.dry else numbers.ROOT / "runs" / "campaign" / folder.name
+    found = (path for path in sorted(folder.glob("*.json")) if path.name != numbers.STATE)
+    paths = numbers.report(found, into, f"Campaign: {folder.name}", dry=job.dry)
     return Outcome(f"{paths[0]} and {len(paths) - 1} plots")
 
 

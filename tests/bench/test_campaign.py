@@ -133,6 +133,14 @@ def test_a_crash_takes_nothing_else_down(tmp_path):
     assert json.loads(before) == json.loads(again.path.read_text())
 
 
+def test_a_slice_that_fails_leaves_no_result(tmp_path):
+    (tmp_path / "kept.json").write_text("an older one")
+    state = walk([piece("a", "writes_and_fails"), piece("kept", "writes_and_fails")], tmp_path)
+    assert set(statuses(state).values()) == {"failed"}
+    assert {path.name for path in tmp_path.iterdir()} == {"campaign.json", "kept.json"}
+    assert (tmp_path / "kept.json").read_text() == "an older one"
+
+
 def test_a_hang_is_stopped_by_its_own_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(Slice, "limit", property(lambda self: 3.0))
     state = walk([piece("hangs", "hangs"), piece("after")], tmp_path)
