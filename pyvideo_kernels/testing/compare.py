@@ -13,7 +13,7 @@ accumulation in any order is therefore granted its statistical bound, on either 
 
     + 2⁻²⁴ * sqrt(terms) * Σ|a b|        (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019, with λ = 1)
 
-where the oracle has a function ``summed`` that gives the last two factors.
+where the oracle has a function ``summed`` (``summed_backward`` for the gradients) that gives the last two factors.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def samples(
     module = importlib.import_module(op.impls["reference"].partition(":")[0])
     forward = op.name.removesuffix("_backward")
     size = {} if op.heads is None or head_dim is None else {"head_dim": head_dim}
-    for kwargs in module.samples(dtype, **size):
+    found = module.samples if forward == op.name else getattr(module, "gradient_samples", module.samples)
+    for kwargs in found(dtype, **size):
         if forward != op.name:
             kwargs = _with_gradients(getattr(module, forward), forward, kwargs)
         yield {name: move(value, torch.device(device)) for name, value in kwargs.items()}
@@ -154,8 +155,8 @@ def _tf32_operands(op: Op) -> tuple[str, ...]:
 def _summed(op: Op, args: tuple[Any, ...]) -> dict[int, Tensor]:
     """Output -> sqrt(terms) * Σ|a b| of each of its elements; empty for ops without long sums of products."""
     module = importlib.import_module(op.impls["reference"].partition(":")[0])
-    function = getattr(module, "summed", None)
-    if function is None or op.name.endswith("_backward"):
+    function = getattr(module, "summed_backward" if op.name.endswith("_backward") else "summed", None)
+    if function is None:
         return {}
     sums: dict[int, Tensor] = function(*to_float64(args))
     return sums
