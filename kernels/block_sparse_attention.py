@@ -26,12 +26,20 @@ from .softmax import finish, soften
 _SIZES = ["s", "heads", "group", "t", "h", "w", "tiles_h", "tiles_w", "blocks", "listed"]
 
 
+@triton.jit
+def _corner(block, tiles_h, tiles_w, BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, FLAT: tl.constexpr):
+    """First token of a block along each axis; of a flat sequence, without divisions."""
+    if FLAT:
+        return 0, 0, block * BW
+    return block // (tiles_h * tiles_w) * BT, block // tiles_w % tiles_h * BH, block % tiles_w * BW
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _block_sparse_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, index_ptr, count_ptr, lens_ptr, coarse_ptr, gate_ptr, k_desc, v_desc,
     s, heads, group, t, h, w, tiles_h, tiles_w, blocks, listed, scale, scale_log2,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, g_d,
-    D: tl.constexpr, UNIT: tl.constexpr, LENS: tl.constexpr, GATED: tl.constexpr, HAS_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
+    D: tl.constexpr, UNIT: tl.constexpr, LENS: tl.constexpr, GATED: tl.constexpr, G_D: tl.constexpr, HAS_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, FLAT: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +57,7 @@ def _block_sparse_attention_fwd_kernel(
     at = tl.arange(0, BLOCK)
     in_t, in_h, in_w = at // (BH * BW), at // BW % BH, at % BW
     local = (in_t * h + in_h) * w + in_w
-    from_t, from_h, from_w = block // (tiles_h * tiles_w) * BT, block // tiles_w % tiles_h * BH, block % tiles_w * BW
+    from_t, from_h, from_w = _corner(block, tiles_h, tiles_w, BT, BH, BW, FLAT)
     valid = (from_t + in_t < t) & (from_h + in_h < h) & (from_w + in_w < w)
     first = ((from_t * h + from_h) * w + from_w).to(tl.int64)
 
@@ -78,13 +86,19 @@ def _block_sparse_attention_fwd_kernel(
         j = tl.minimum(tl.maximum(j, 0), blocks - 1).to(tl.int32)
         part = i % PARTS
         part_t, part_h, part_w = part // (PARTS_H * PARTS_W) * KT, part // PARTS_W % PARTS_H * KH, part % PARTS_W * KW
-        key_t = j // (tiles_h * tiles_w) * BT + part_t
-        key_h = j // tiles_w % tiles_h * BH + part_h
-        key_w = j % tiles_w * BW + part_w
-        real = (key_t + of_t < t) & (key_h + of_h < h) & (key_w + of_w < w)
+        key_t, key_h, key_w = _corner(j, tiles_h, tiles_w, BT, BH, BW, FLAT)
+        key_t, key_h, key_w = key_t + part_t, key_h + part_h, key_w + part_w
+        # The least distance to an edge says whether a key is real: one comparison a key, as AMD holds what each gives
+        # in two scalar registers. Along an axis where blocks are one token wide there is no edge.
+        room = w - key_w - of_w
+        if BH > 1:
+            room = tl.minimum(room, h - key_h - of_h)
+        if BT > 1:
+            room = tl.minimum(room, t - key_t - of_t)
         if LENS:
             place = ((part_t + of_t) * BH + part_h + of_h) * BW + part_w + of_w
-            real &= place < tl.load(lens_ptr + j)
+            room = tl.minimum(room, tl.load(lens_ptr + j).to(tl.int32) - place)
+        real = room > 0
         if DESCRIPTORS:
             where = kv_head * D
             k = k_desc.load([batch.to(tl.int32), key_t, key_h, key_w, where]).reshape(BLOCK_N, BLOCK_D)
@@ -111,17 +125,20 @@ def _block_sparse_attention_fwd_kernel(
     if GATED:
         # One row a block of queries, weighed token by token: the sum is rounded once, and moves nothing but the gate.
         coarse = tl.load(coarse_ptr + entry * D + cols, mask=col_mask, other=0.0)
-        g_tile = gate_ptr + batch * g_b + first * g_s + head.to(tl.int64) * g_h
+        g_b, g_h = tl.cast(g_b, tl.int64), tl.cast(g_h, tl.int64)
+        g_tile = gate_ptr + batch * g_b + first * g_s + head * g_h
         gate = tl.load(
-            g_tile + local[:, None].to(tl.int64) * g_s + cols[None, :] * g_d,
+            g_tile + local[:, None] * g_s + cols[None, :] * G_D,
             mask=valid[:, None] & col_mask[None, :], other=0.0,
         )  # fmt: skip
         out += gate.to(tl.float32) * coarse[None, :]
-    row = first + local
-    o_tile = o_ptr + ((batch * s + row) * heads + head)[:, None] * D + cols[None, :]
-    tl.store(o_tile, out.to(o_ptr.dtype.element_ty), mask=valid[:, None] & col_mask[None, :])
+    o_tile = o_ptr + ((batch * s + first) * heads + head) * D
+    tl.store(
+        o_tile + local[:, None] * (heads * D) + cols[None, :], out.to(o_ptr.dtype.element_ty),
+        mask=valid[:, None] & col_mask[None, :],
+    )  # fmt: skip
     if HAS_LSE:
-        tl.store(lse_ptr + (batch * heads + head) * s + row, lse, mask=valid)
+        tl.store(lse_ptr + (batch * heads + head) * s + first + local, lse, mask=valid)
 
 
 def block_sparse_attention(
@@ -149,8 +166,9 @@ def block_sparse_attention(
         arch_for(q), head_dim=head_dim, itemsize=q.element_size(),
         aligned=whole and all(map(addressable, (k, v))), tile_t=tile[0], tile_h=tile[1], tile_w=tile[2],
     )  # fmt: skip
+    gate_steps = (0, 0, 0, 0) if gate is None else gate.expand(q.shape).stride()
     reach = (tile[0] * grid[1] + tile[1]) * grid[2] + tile[2]
-    if max(x.stride(1) for x in (q, k, v)) * reach >= 2**31:
+    if max(heads * head_dim, gate_steps[1], *(x.stride(1) for x in (q, k, v))) * reach >= 2**31:
         raise UnsupportedError("block_sparse_attention: impl 'triton' needs a block of tokens within 2^31 elements")
     if not out.numel():
         return out, lse
@@ -169,8 +187,8 @@ def block_sparse_attention(
             s, heads, heads // k.shape[2], *grid, tiles[1], tiles[2], blocks, block_indices.shape[-1],
             scale, scale * math.log2(math.e),
             *(step // unit for x in (q, k, v) for step in x.stride()[:3]),
-            *((0, 0, 0, 0) if gate is None else gate.expand(q.shape).stride()),
-            head_dim, unit, kv_block_lens is not None, gate is not None, return_lse, config.descriptors, *tile, *key,
-            config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+            *gate_steps[:3], head_dim, unit, kv_block_lens is not None, gate is not None, gate_steps[3], return_lse,
+            config.descriptors, tiles[0] == tiles[1] == 1, *tile, *key, config.block_d,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse

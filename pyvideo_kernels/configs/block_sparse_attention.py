@@ -75,7 +75,7 @@ def select(
         return config(32, 8, 1)
     if itemsize == 4:
         # IEEE products run on the ordinary FMA units, operands in registers: small steps.
-        return config(16, 8, 1)
+        return config(16, 16, 1)
     if arch.startswith("gfx"):
         return config(32, warps, 1)
     if aligned and arch in ("sm_90", "sm_100", "sm_103"):
