@@ -17,7 +17,9 @@ Size = int | tuple[int, int]
 Triple = tuple[int, int, int]
 
 DENSE_OP = "spacetime_attention"
-TILES_OP = "video_sparse_attention"
+TILES_OP = "block_sparse_attention"
+# Besides it, `video_sparse_attention` runs this on q and k, to score the tiles.
+SCORES_OP = "block_mean"
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,13 @@ class LayerAttention:
 
     @property
     def op(self) -> str:
-        """The op that runs it."""
+        """The op that attends."""
         return DENSE_OP if self.top_k is None and self.share is None else TILES_OP
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The ops that run it."""
+        return (DENSE_OP,) if self.op == DENSE_OP else (SCORES_OP, TILES_OP)
 
     @property
     def dense(self) -> bool:
@@ -183,7 +190,7 @@ class AttentionChoice:
 
     def ops_of(self, layer: LayerAttention) -> tuple[str, ...]:
         """The ops that a layer which runs ``layer`` may call."""
-        return (layer.op,) if self.dense_steps == 0 else tuple(dict.fromkeys((layer.op, DENSE_OP)))
+        return layer.ops if self.dense_steps == 0 else tuple(dict.fromkeys((*layer.ops, DENSE_OP)))
 
     def ops(self) -> tuple[str, ...]:
         """The ops that any layer may call."""

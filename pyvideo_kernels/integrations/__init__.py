@@ -6,6 +6,7 @@ Importing this imports no diffusers; a call does.
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..errors import ModelError, UnsupportedError, ValueOptionError
 from ..schemas import OPS
 from .precision import refuse_unbuilt
 from .report import Report
-from .swap import Plan, Settings, install, remove, swapped
+from .swap import Plan, Settings, install, mark_of, remove, swapped
 from .upfront import Checked, check_model, execution_device, warm_model, warm_ops
 
 __all__ = ["Checked", "Report", "accelerate", "restore", "warmup"]
@@ -87,6 +88,9 @@ def accelerate(
     choice = choose(attention, "accelerate: `attention`")
     refuse_unbuilt(choice, "accelerate: attention")
     settings = Settings(_op_names(ops), choice, _impl(impl), strict)
+    lacking = [name for name in (() if choice is None else choice.ops()) if name not in settings.ops]
+    if lacking:
+        raise ValueOptionError(f"accelerate: `attention` {choice} needs {', '.join(lacking)} among `ops`; got {ops!r}")
     plan = Plan()
     models = list(_models(target))
     names: dict[str, list[str]] = {}
@@ -104,6 +108,10 @@ def accelerate(
         _remove_all(model)
     for swap in plan.swaps:
         install(swap, settings)
+    if not isinstance(target, nn.Module):
+        for _, model in models:
+            if (mark := mark_of(model)) is not None:
+                mark.pipeline = weakref.ref(target)
     if settings.impl == "auto":  # an explicit choice runs as it is
         device = None if isinstance(target, nn.Module) else execution_device(target)
         for path, model in models:

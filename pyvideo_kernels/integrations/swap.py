@@ -104,6 +104,8 @@ class Mark:
         self.methods: dict[str, Any] = {}
         # Whether the denoising step that is running is a dense one; None: no step is known.
         self.dense_step: bool | None = None
+        # A weak reference to the pipeline that was accelerated, whose scheduler can say the step. Not of a copy.
+        self.pipeline: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
         copied = Mark(copy.deepcopy(self.settings, memo), copy.deepcopy(self.original, memo))

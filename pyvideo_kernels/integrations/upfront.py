@@ -5,6 +5,7 @@ Inside a compiled graph or a CUDA-graph capture no check can be made, and an unv
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .. import dispatch, verdicts
 from ..errors import DTypeError, UnsupportedError, ValueOptionError
 from ..schemas import OPS
+from .swap import mark_of
 
 _TEXT_TOKENS, _IMAGE_TOKENS = 512, 257
 # More than one token along each axis, and an odd number of latent frames with their cache.
@@ -206,8 +208,21 @@ def _clips(clips: Any) -> list[tuple[int, int, int]]:
     return found  # type: ignore[return-value]
 
 
+# As many steps as make the first one a dense step and the last one not, wherever a share of them draws the line.
+_STEPS = 10**9
+
+
+def _contexts(model: Any) -> list[Any]:
+    """Where to call a transformer: in its first and its last step if these run different attention."""
+    mark = mark_of(model)
+    if mark is None or "cache_context" not in mark.methods:
+        return [contextlib.nullcontext()]
+    steps = (0, _STEPS - 1)
+    return [model.cache_context("warmup", step_index=step, num_inference_steps=_STEPS) for step in steps]
+
+
 def _first_call(model: Any, target: Any, clip: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-    """One forward of a transformer, or one decoding of a VAE, on a clip of zeros."""
+    """One forward of a transformer in each kind of step, or one decoding of a VAE, on a clip of zeros."""
     config = model.config
     height, width, frames = clip
     spatial = getattr(target, "vae_scale_factor_spatial", None) or getattr(config, "scale_factor_spatial", None) or 8
@@ -226,13 +241,15 @@ def _first_call(model: Any, target: Any, clip: tuple[int, int, int], device: tor
     tokens = (t // pt) * (h // ph) * (w // pw)
     per_token = bool(getattr(getattr(target, "config", None), "expand_timesteps", False))
     image = getattr(config, "image_dim", None)
-    model(
-        hidden_states=zeros(1, config.in_channels, t, h, w),
-        timestep=zeros(1, tokens, dtype=torch.float32) if per_token else zeros(1, dtype=torch.float32),
-        encoder_hidden_states=zeros(1, _TEXT_TOKENS, config.text_dim),
-        encoder_hidden_states_image=None if image is None else zeros(1, _IMAGE_TOKENS, image),
-        return_dict=False,
-    )
+    for context in _contexts(model):
+        with context:
+            model(
+                hidden_states=zeros(1, config.in_channels, t, h, w),
+                timestep=zeros(1, tokens, dtype=torch.float32) if per_token else zeros(1, dtype=torch.float32),
+                encoder_hidden_states=zeros(1, _TEXT_TOKENS, config.text_dim),
+                encoder_hidden_states_image=None if image is None else zeros(1, _IMAGE_TOKENS, image),
+                return_dict=False,
+            )
 
 
 def _wait(device: torch.device) -> None:

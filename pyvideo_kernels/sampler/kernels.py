@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import _native, dispatch
-from ..attention_choice import DENSE_OP, TILES_OP
+from ..attention_choice import DENSE_OP, SCORES_OP, TILES_OP
 from ..attention_text import choose
 from ..error_types import UnsupportedError, UsageError
 from ..schemas import OPS
@@ -37,10 +37,6 @@ def _chosen(ops: str | Iterable[str]) -> list[str]:
     return forward_ops() if ops == "all" else list(ops)
 
 
-# What run only inside another op, which launches them as it does itself.
-_INNER = {TILES_OP: ("block_mean", "block_sparse_attention")}
-
-
 def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, impl: str, device: torch.device) -> None:
     """Refuse, before loading, an explicit choice that this device or op cannot serve.
 
@@ -59,7 +55,7 @@ def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, i
         dispatch.check_runs_on(OPS[name], impl, device)
     # What a run never calls need not be there: updates in place, and attention that was not asked for.
     runs = () if choice is None else choice.ops()
-    idle = {"qk_norm_rope_"} | ({DENSE_OP, TILES_OP, *_INNER[TILES_OP]} - set(runs))
+    idle = {"qk_norm_rope_"} | ({DENSE_OP, TILES_OP, SCORES_OP} - set(runs))
     lacking = [name for name in wanted if impl not in OPS[name].impls and name not in idle]
     if lacking:
         remedy = f"add --ops {','.join(have)}, or --impl auto" if have else "use --impl auto"

@@ -219,8 +219,6 @@ def _serves(
     if choice is None:
         return False
     op = (choice.base if layer is None else layer).op
-    if op not in settings.ops:
-        return False
     reason = why_not(query) or why_not(value)
     if mask is not None:
         reason = f"{str(mask.dtype).removeprefix('torch.')} attention mask"

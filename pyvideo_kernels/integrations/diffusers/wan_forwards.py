@@ -259,9 +259,7 @@ def _in_dense_step(self: WanTransformer3DModel, settings: Settings) -> bool:
         return False
     dense: bool | None = getattr(self, MARK).dense_step
     if dense is None:
-        fall_back(
-            settings, choice.ops()[0], "dense, as no denoising step is known: call the model in its cache_context"
-        )
+        fall_back(settings, choice.base.op, "dense, as no denoising step is known: call the model in its cache_context")
         return True
     return dense
 
