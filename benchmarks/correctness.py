@@ -131,7 +131,9 @@ def test_rows(op: str, *, on_card: bool) -> list[dict[str, Any]]:
     import pytest
 
     plugin = Rows(op, on_card)
-    files = [str(TESTS / name) for name in (f"test_{op}.py", *_MORE.get(op, ()))]
+    files = [str(TESTS / name) for name in (f"test_{op}.py", *_MORE.get(op, ())) if (TESTS / name).is_file()]
+    if not files:  # its tests are among another op's
+        return []
     code = pytest.main([*files, "-q", "-p", "no:cacheprovider", *(["-m", "gpu"] if on_card else [])], plugins=[plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest {', '.join(files)}: {pytest.ExitCode(code).name.lower()}")

@@ -135,8 +135,8 @@ def sources(op: str) -> set[Path]:
 
 
 def families() -> dict[str, list[str]]:
-    """Forward op -> its entries of the registry (itself, its in-place twin), the most valuable first."""
-    forward = dict.fromkeys(_forward(op) for op in ENTRIES)
+    """Forward op -> its entries of the registry (itself, its in-place twin; maybe none), the most valuable first."""
+    forward = dict.fromkeys(_forward(op) for op in OPS)
     ordered = [*(op for op in _FIRST if op in forward), *(op for op in forward if op not in _FIRST)]
     return {name: [op for op in ENTRIES if _forward(op) == name] for name in ordered}
 
@@ -167,6 +167,8 @@ def plan(*, dry: bool = False) -> list[Slice]:
     out.append(_clip("e2e-wan2.1-1.3b-480p", 280, dry, variants=_VARIANTS, steps=4))
     out.append(_decode("decode-wan2.1-480p", 60, dry))
     for op, entries in ops.items():
+        if not entries:
+            continue
         if "triton" in OPS[op].impls:
             out.append(
                 Slice(
