@@ -27,6 +27,8 @@ _EXPORTS = {
     "final_layer": "pyvideo_kernels.ops.final_layer",
     "spacetime_attention": "pyvideo_kernels.ops.spacetime_attention",
     "merge_attention": "pyvideo_kernels.ops.spacetime_attention",
+    "quantize_qk": "pyvideo_kernels.ops.quantize_qk",
+    "int8_attention": "pyvideo_kernels.ops.int8_attention",
     "block_mean": "pyvideo_kernels.ops.block_mean",
     "block_sparse_attention": "pyvideo_kernels.ops.block_sparse_attention",
     "video_sparse_attention": "pyvideo_kernels.ops.video_sparse_attention",
@@ -55,10 +57,12 @@ if TYPE_CHECKING:
     from .ops.gate_residual import gate_residual as gate_residual
     from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate as gate_residual_norm_modulate
     from .ops.guidance_step import guidance_step as guidance_step
+    from .ops.int8_attention import int8_attention as int8_attention
     from .ops.layer_norm_modulate import layer_norm_modulate as layer_norm_modulate
     from .ops.patch_embed3d import patch_embed3d as patch_embed3d
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .ops.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_
+    from .ops.quantize_qk import quantize_qk as quantize_qk
     from .ops.rms_norm import rms_norm as rms_norm
     from .ops.rms_norm_silu import rms_norm_silu as rms_norm_silu
     from .ops.spacetime_attention import merge_attention as merge_attention

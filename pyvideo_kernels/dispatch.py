@@ -76,15 +76,23 @@ def load(op: Op, impl: str) -> Callable[..., Any]:
     return function
 
 
-def _first_tensor(args: Iterable[Any]) -> Tensor:
+def judged_tensor(tensors: Iterable[Tensor]) -> Tensor:
+    """The one whose dtype says what a kernel is judged at: the first of floats, before any of codes or indices."""
+    first: Tensor | None = None
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            return tensor
+        first = tensor if first is None else first
+    if first is None:
+        raise TypeError("an op was called without a tensor")
+    return first
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
     for arg in args:
-        if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)):
-            for item in arg:
-                if isinstance(item, Tensor):
-                    return item
-    raise TypeError("an op was called without a tensor")
+        for item in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(item, Tensor):
+                yield item
 
 
 def check_runs_on(op: Op, impl: str, device: torch.device) -> None:
@@ -105,7 +113,7 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     *inputs, impl = args
     if impl not in IMPLS:
         raise ValueOptionError(f"{op.name}: `impl` must be one of {', '.join(IMPLS)}; got {impl!r}")
-    tensor = _first_tensor(inputs)
+    tensor = judged_tensor(_tensors(inputs))
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind):
         # An op computes in the dtypes it is given. Autocast would reach the matrix products inside the oracle and the

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .testing.conditions import copy_layout, extent
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Call:
         op: the row of the contract.
         args: in schema order, without ``impl``, from the first such call, copied to host memory in their layout;
             None: they did not fit in the recorder's limit.
-        device, dtype: of the call's first tensor.
+        device, dtype: of the call's first tensor of floats.
         head_dim: for the ops that have one.
         count: how many such calls were made.
     """
@@ -67,7 +68,7 @@ class Recorder:
             if known is not None:
                 known.count += 1
                 return
-            first = next(tensors(args))
+            first = dispatch.judged_tensor(tensors(args))
             size = sum(extent(tensor) * tensor.element_size() for tensor in tensors(args))
             kept = self.size + size <= self.limit
             if kept:

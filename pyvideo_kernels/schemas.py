@@ -137,6 +137,21 @@ def _block_sparse_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((b, heads, s) if return_lse else (0,), dtype=_fp32_or_64(q))
 
 
+def _quantize_qk(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    codes = (x.new_empty(x.shape, dtype=torch.int8) for x in (q, k))
+    floats = (
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_fp32_or_64(q)) for x in (q, k, q)
+    )
+    return *codes, *floats  # type: ignore[return-value]
+
+
+def _int8_attention(q8: Tensor, k8: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse = rest[-2]
+    b, s, heads, head_dim = q8.shape
+    lse = v.new_empty((b, heads, s) if return_lse else (0,), dtype=_fp32_or_64(v))
+    return v.new_empty((b, s, heads, head_dim)), lse
+
+
 def _causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -236,6 +251,23 @@ _ROWS: tuple[Op, ...] = (
         differentiable=("q", "k", "v"),
         saves_outputs=True,
         heads="q",
+    ),
+    Op(
+        "quantize_qk",
+        "(Tensor q, Tensor k, SymInt mean_start, SymInt mean_stop, str impl) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _quantize_qk,
+        _impls("quantize_qk", "triton"),
+        heads="q",
+    ),
+    Op(
+        "int8_attention",
+        "(Tensor q8, Tensor k8, Tensor v, Tensor q_scale, Tensor k_scale, Tensor? lse_shift, SymInt[] grid, "
+        "int[]? window, int[] stride, bool causal_time, SymInt text_len, str text_side, Tensor? kv_lens, float scale, "
+        "bool return_lse, str impl) -> (Tensor, Tensor)",
+        _int8_attention,
+        _impls("int8_attention", "triton"),
+        heads="v",
     ),
     Op(
         "block_mean",

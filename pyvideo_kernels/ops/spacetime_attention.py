@@ -18,6 +18,7 @@ from ..errors import (
     check_last_dim_contiguous,
     check_same_device,
     check_tensor,
+    refuse_grad,
 )
 
 _OP = "spacetime_attention"
@@ -62,7 +63,8 @@ def spacetime_attention(
             ``[0, text_len]``; None: all.
         scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
         return_lse: also return ``lse``, natural logarithm, ``[B, heads, S]`` fp32 (fp64 for fp64 inputs).
-        precision: ``native``: products of the inputs' dtype, fp32 accumulation. Nothing else is built yet.
+        precision: ``native``: products of the inputs' dtype, fp32 accumulation. ``int8``: `quantize_qk`, then
+            `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward.
         impl: ``auto``, ``reference``, ``triton`` or ``sdpa``; an explicit choice never falls back.
     Returns:
         ``[B, S, heads, head_dim]``, contiguous, dtype of ``q``; or ``(out, lse)``. A query with no key to see gives
@@ -76,26 +78,25 @@ def spacetime_attention(
         arXiv:2504.16922.
     """
     _check_tensors(q, k, v)
-    heads = q.shape[2]
-    grid = _triple("grid", grid, minimum=0)
-    if not isinstance(text_len, (int, torch.SymInt)) or text_len < 0:
-        bad_option(_OP, "text_len", "an integer of at least 0", text_len)
-    if q.shape[1] != grid[0] * grid[1] * grid[2] + text_len:
-        bad_shape(_OP, "q", f"[B, T*H*W + text_len, heads, head_dim] for grid {grid} and text_len {text_len}", q)
-    if text_side not in ("suffix", "prefix"):
-        bad_option(_OP, "text_side", "'suffix' or 'prefix'", text_side)
-    if kv_lens is not None:
-        _check_kv_lens(kv_lens, q, text_len)
-    stride = _triple("stride", stride, minimum=1)
-    flat_window = _flatten_window(window, stride, heads)
+    grid, flat_window, stride = check_options(_OP, "q", q, grid, window, stride, text_len, text_side, kv_lens)
     if scale is None:
         scale = q.shape[3] ** -0.5
     if not 0 < scale < math.inf:
         bad_option(_OP, "scale", "a positive number", scale)
-    if precision in ("int8", "fp8"):
-        raise UnsupportedError(f"{_OP}: precision {precision!r} is not built yet; use precision='native'")
-    if precision != "native":
-        bad_option(_OP, "precision", "'native'", precision)
+    if precision == "fp8":
+        raise UnsupportedError(f"{_OP}: precision 'fp8' is not built yet; use precision='native' or 'int8'")
+    if precision not in ("native", "int8"):
+        bad_option(_OP, "precision", "'native' or 'int8'", precision)
+    if precision == "int8":
+        refuse_grad(f"{_OP} in precision 'int8'", q=q, k=k, v=v)
+        start = text_len if text_side == "prefix" else 0
+        video = (start, start + grid[0] * grid[1] * grid[2])
+        *codes, lse_shift = torch.ops.pyvideo.quantize_qk(q, k, *video, impl)
+        out, lse = torch.ops.pyvideo.int8_attention(
+            *codes[:2], v, *codes[2:], lse_shift if return_lse else None, grid, flat_window, stride, causal_time,
+            text_len, text_side, kv_lens, scale, return_lse, impl,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     # The backward stands on the outputs, lse among them.
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, lse = torch.ops.pyvideo.spacetime_attention(
@@ -215,18 +216,43 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_same_device(_OP, q=q, k=k, v=v)
 
 
-def _check_kv_lens(kv_lens: Tensor, q: Tensor, text_len: int) -> None:
+def check_options(
+    op: str,
+    name: str,
+    q: Tensor,
+    grid: Sequence[int],
+    window: Any,
+    stride: Sequence[int],
+    text_len: int,
+    text_side: str,
+    kv_lens: Tensor | None,
+) -> tuple[list[int], list[int] | None, list[int]]:
+    """Grid, flat window and stride for the schema, checked against ``q`` (the argument ``name``) with the text."""
+    sizes = _triple(op, "grid", grid, minimum=0)
+    if not isinstance(text_len, (int, torch.SymInt)) or text_len < 0:
+        bad_option(op, "text_len", "an integer of at least 0", text_len)
+    if q.shape[1] != sizes[0] * sizes[1] * sizes[2] + text_len:
+        bad_shape(op, name, f"[B, T*H*W + text_len, heads, head_dim] for grid {sizes} and text_len {text_len}", q)
+    if text_side not in ("suffix", "prefix"):
+        bad_option(op, "text_side", "'suffix' or 'prefix'", text_side)
+    if kv_lens is not None:
+        _check_kv_lens(op, kv_lens, q, text_len)
+    strides = _triple(op, "stride", stride, minimum=1)
+    return sizes, _flatten_window(op, window, strides, q.shape[2]), strides
+
+
+def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, text_len: int) -> None:
     if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
         got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
-        raise DTypeError(f"{_OP}: `kv_lens` must be an int32 or int64 tensor; got {got}")
+        raise DTypeError(f"{op}: `kv_lens` must be an int32 or int64 tensor; got {got}")
     if kv_lens.shape != (q.shape[0],):
-        bad_shape(_OP, "kv_lens", f"[{q.shape[0]}]", kv_lens)
-    check_same_device(_OP, q=q, kv_lens=kv_lens)
+        bad_shape(op, "kv_lens", f"[{q.shape[0]}]", kv_lens)
+    check_same_device(op, q=q, kv_lens=kv_lens)
     if text_len == 0:
-        bad_option(_OP, "kv_lens", "None without text tokens (it counts the valid ones of text_len)", "a tensor")
+        bad_option(op, "kv_lens", "None without text tokens (it counts the valid ones of text_len)", "a tensor")
 
 
-def _triple(name: str, value: Sequence[int], minimum: int) -> list[int]:
+def _triple(op: str, name: str, value: Sequence[int], minimum: int) -> list[int]:
     try:
         items = list(value)
     except TypeError:
@@ -234,23 +260,23 @@ def _triple(name: str, value: Sequence[int], minimum: int) -> list[int]:
     if len(items) != 3 or any(
         isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < minimum for n in items
     ):
-        bad_option(_OP, name, f"three integers (time, height, width) of at least {minimum}", value)
+        bad_option(op, name, f"three integers (time, height, width) of at least {minimum}", value)
     return items
 
 
-def _flatten_window(window: Any, stride: Sequence[int], heads: int) -> list[int] | None:
+def _flatten_window(op: str, window: Any, stride: Sequence[int], heads: int) -> list[int] | None:
     if window is None:
         if tuple(stride) != (1, 1, 1):
-            bad_option(_OP, "stride", "(1, 1, 1) without a window", tuple(stride))
+            bad_option(op, "stride", "(1, 1, 1) without a window", tuple(stride))
         return None
     if isinstance(window, Tensor):
         window = window.tolist()
     nested = len(window) > 0 and not isinstance(window[0], (int, torch.SymInt))
     rows = list(window) if nested else [window]
     if nested and len(rows) != heads:
-        bad_option(_OP, "window", f"(wt, wh, ww) or one row for each of the {heads} heads", window)
-    triples = [_triple("window", row, minimum=1) for row in rows]
+        bad_option(op, "window", f"(wt, wh, ww) or one row for each of the {heads} heads", window)
+    triples = [_triple(op, "window", row, minimum=1) for row in rows]
     for row in triples:
         if any(s > w for s, w in zip(stride, row, strict=True)):
-            bad_option(_OP, "stride", f"at most the window {tuple(row)} along each axis", tuple(stride))
+            bad_option(op, "stride", f"at most the window {tuple(row)} along each axis", tuple(stride))
     return [n for row in triples for n in row]

@@ -1,0 +1,140 @@
+"""Queries and keys in int8, one scale a row, a constant taken off the keys: one read of each, where they lie."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyvideo_kernels.configs import arch_for
+from pyvideo_kernels.configs.quantize_qk import QuantizeConfig, select
+from pyvideo_kernels.errors import UnsupportedError
+from pyvideo_kernels.reference.quantize_qk import sampled
+
+from .boxes import stride_unit
+from .launch import cdiv, on_device, refuse_float64
+
+# Sizes are not specialised: a new length never compiles again.
+_SIZES = ["heads", "kv_heads", "s", "tiles", "start", "count", "step"]
+
+
+@triton.jit
+def row_scale(x):
+    """One scale a row of ``x [rows, D]``, and the factor that makes codes of it; (NaN, 0) for a row not finite."""
+    # A NaN compares false: it counts as infinite, which a maximum does not lose.
+    size = tl.abs(x)
+    top = tl.max(tl.where(size < float("inf"), size, float("inf")), 1)
+    good = top < float("inf")
+    # 2^-118: rows of zeros keep a scale, and a reciprocal, that are normal numbers.
+    top = tl.maximum(tl.where(good, top, 1.0), 3.009265538105056e-36)
+    return tl.where(good, top / 127.0, float("nan")), tl.where(good, 127.0 / top, 0.0), good
+
+
+@triton.jit
+def to_codes(x, factor, good):
+    """``x * factor`` rounded to the nearest (even) integer: the low byte of the sum with 1.5·2²³."""
+    code = tl.where(good[:, None], x, 0.0) * factor[:, None] + 12582912.0
+    return code.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _key_mean_kernel(
+    k_ptr, mean_ptr, kv_heads, start, count, step, k_b, k_s, k_h,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    batch, head = (pid // kv_heads).to(tl.int64), (pid % kv_heads).to(tl.int64)
+    k_b, k_s, k_h = tl.cast(k_b, tl.int64) * UNIT, tl.cast(k_s, tl.int64) * UNIT, tl.cast(k_h, tl.int64) * UNIT
+    cols = tl.arange(0, BLOCK_D)
+    col_mask = cols < D
+    rows = tl.arange(0, ROWS)
+    k_head = k_ptr + batch * k_b + head * k_h + start * k_s
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in tl.range(0, count, ROWS):
+        at = (i + rows).to(tl.int64) * step
+        mask = (i + rows < count)[:, None] & col_mask[None, :]
+        x = tl.load(k_head + at[:, None] * k_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        # Any constant is exact; one bad token must not take the others with it.
+        total += tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    mean = tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float32)
+    tl.store(mean_ptr + pid.to(tl.int64) * D + cols, mean, mask=col_mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _quantize_qk_fwd_kernel(
+    q_ptr, k_ptr, mean_ptr, q8_ptr, k8_ptr, q_scale_ptr, k_scale_ptr, shift_ptr,
+    heads, kv_heads, s, tiles, q_b, q_s, q_h, k_b, k_s, k_h,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Heads of one token adjoin in memory and in time: those of q, then those of k.
+    pid = tl.program_id(0)
+    both = heads + kv_heads
+    head = pid % both
+    first = (pid // both % tiles * ROWS).to(tl.int64)
+    batch = (pid // both // tiles).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    col_mask = cols < D
+    rows = tl.arange(0, ROWS)
+    row_mask = first + rows < s
+    mask = row_mask[:, None] & col_mask[None, :]
+    if head < heads:
+        q_b, q_s, q_h = tl.cast(q_b, tl.int64) * UNIT, q_s * UNIT, tl.cast(q_h, tl.int64) * UNIT
+        q_tile = q_ptr + batch * q_b + first * q_s + head * q_h
+        x = tl.load(q_tile + rows[:, None] * q_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        kv_head = head // (heads // kv_heads)
+        mean = tl.load(mean_ptr + (batch * kv_heads + kv_head) * D + cols, mask=col_mask, other=0.0)
+        line = (batch * heads + head) * s + first + rows
+        tl.store(shift_ptr + line, tl.sum(x * mean[None, :], 1), mask=row_mask)
+        scale, factor, good = row_scale(x)
+        tl.store(q_scale_ptr + line, scale, mask=row_mask)
+        to = q8_ptr + ((batch * s + first) * heads + head) * D
+        tl.store(to + rows[:, None] * (heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
+    else:
+        head -= heads
+        k_b, k_s, k_h = tl.cast(k_b, tl.int64) * UNIT, k_s * UNIT, tl.cast(k_h, tl.int64) * UNIT
+        k_tile = k_ptr + batch * k_b + first * k_s + head * k_h
+        x = tl.load(k_tile + rows[:, None] * k_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        x -= tl.load(mean_ptr + (batch * kv_heads + head) * D + cols, mask=col_mask, other=0.0)[None, :]
+        line = (batch * kv_heads + head) * s + first + rows
+        scale, factor, good = row_scale(x)
+        tl.store(k_scale_ptr + line, scale, mask=row_mask)
+        to = k8_ptr + ((batch * s + first) * kv_heads + head) * D
+        tl.store(to + rows[:, None] * (kv_heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
+
+
+def launch_fwd(
+    q: Tensor, k: Tensor, outputs: tuple[Tensor, ...], mean_start: int, mean_stop: int, config: QuantizeConfig
+) -> None:
+    """Launch over ``[B, S, heads, D]`` views into contiguous codes, scales and ``lse_shift``."""
+    b, s, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    unit = stride_unit(q, k)
+    steps = [[step // unit for step in x.stride()[:3]] for x in (q, k)]
+    count, step = sampled(mean_start, mean_stop)
+    tiles = cdiv(s, config.rows)
+    sizes = (head_dim, unit, config.rows, config.block_d)
+    with on_device(q):
+        mean = q.new_empty((b, kv_heads, head_dim), dtype=torch.float32)
+        _key_mean_kernel[(b * kv_heads,)](
+            k, mean, kv_heads, mean_start, count, step, *steps[1], *sizes, num_warps=config.num_warps
+        )
+        _quantize_qk_fwd_kernel[(tiles * (heads + kv_heads) * b,)](
+            q, k, mean, *outputs, heads, kv_heads, s, tiles, *steps[0], *steps[1], *sizes, num_warps=config.num_warps
+        )
+
+
+def quantize_qk(
+    q: Tensor, k: Tensor, mean_start: int, mean_stop: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``impl="triton"`` of the op."""
+    refuse_float64("quantize_qk", q, k)
+    b, s, heads, head_dim = q.shape
+    config = select(arch_for(q), head_dim=head_dim, itemsize=q.element_size())
+    if max(q.stride(1), k.stride(1), heads * head_dim) * config.rows >= 2**31:
+        raise UnsupportedError("quantize_qk: impl 'triton' needs tokens less than 2^24 elements apart")
+    codes = [x.new_empty(x.shape, dtype=torch.int8) for x in (q, k)]
+    floats = [q.new_empty((b, n, s), dtype=torch.float32) for n in (heads, k.shape[2], heads)]
+    if q.numel():
+        launch_fwd(q, k, (*codes, *floats), mean_start, mean_stop, config)
+    return codes[0], codes[1], floats[0], floats[1], floats[2]
