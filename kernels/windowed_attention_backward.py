@@ -51,17 +51,25 @@ def _delta_kernel(o_ptr, do_ptr, dlse_ptr, delta_ptr, s, heads, do_b, do_s, do_h
 
 
 @triton.jit
-def _weights(scores, seen, lse, scale_log2):
-    """exp(scale·score - lse) where seen, 0 elsewhere; a row that saw nothing has an lse of -inf."""
-    base = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
-    return tl.where(seen, tl.exp2(scores * scale_log2 - base[:, None]), 0.0)
+def _weights(scores, seen, base, scale):
+    """exp(scale·score - base) where seen, 0 elsewhere.
+
+    Subtracted before the change to base 2: at logits of 60 two products with log2(e) would differ by 40 roundings.
+    """
+    return tl.where(seen, tl.exp(scores * scale - base), 0.0)
+
+
+@triton.jit
+def _base(lse):
+    """What a row's scores are measured from; one that saw nothing has an lse of -inf."""
+    return tl.where(lse == float("-inf"), 0.0, lse)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _windowed_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, lens_ptr, window_ptr,
     s, heads, group, t, h, w, tiles_t, tiles_h, tiles_w, text_tiles, video_start, text_start, text_len,
-    window_t, window_h, window_w, stride_t, stride_h, stride_w, scale, scale_log2,
+    window_t, window_h, window_w, stride_t, stride_h, stride_w, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
     D: tl.constexpr, UNIT: tl.constexpr, TEXT: tl.constexpr, LENS: tl.constexpr, CAUSAL: tl.constexpr,
     PER_HEAD: tl.constexpr,
@@ -94,7 +102,7 @@ def _windowed_attention_bwd_dq_kernel(
     )
     k_head, v_head = k_ptr + batch * k_b + kv_head * k_h, v_ptr + batch * v_b + kv_head * v_h
     stat = (batch * heads + head) * s + row
-    lse = tl.load(lse_ptr + stat, mask=valid, other=float("-inf"))
+    base = _base(tl.load(lse_ptr + stat, mask=valid, other=0.0))
     delta = tl.load(delta_ptr + stat, mask=valid, other=0.0)
 
     first_t, last_t = axis_window(at_t, t, window_t, stride_t, CAUSAL)
@@ -124,7 +132,7 @@ def _windowed_attention_bwd_dq_kernel(
             | axis_bits(first_w, last_w, from_w, is_text, KW, KT + KH)
         )
         seen = ((bits[:, None] & wanted[None, :]) == wanted[None, :]) & real[None, :]
-        weights = _weights(tl.dot(q, k.T, input_precision="ieee"), seen, lse, scale_log2)
+        weights = _weights(tl.dot(q, k.T, input_precision="ieee"), seen, base[:, None], scale)
         ds = weights * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     if TEXT:
@@ -137,7 +145,7 @@ def _windowed_attention_bwd_dq_kernel(
             load_text = real_text[:, None] & col_mask[None, :]
             k = tl.load(k_head + line_text[:, None] * k_s + cols[None, :], mask=load_text, other=0.0)
             v = tl.load(v_head + line_text[:, None] * v_s + cols[None, :], mask=load_text, other=0.0)
-            weights = _weights(tl.dot(q, k.T, input_precision="ieee"), real_text[None, :], lse, scale_log2)
+            weights = _weights(tl.dot(q, k.T, input_precision="ieee"), real_text[None, :], base[:, None], scale)
             ds = weights * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     dq_tile = dq_ptr + ((batch * s + row) * heads + head)[:, None] * D + cols[None, :]
@@ -158,7 +166,7 @@ def _seen_by(low, high, length, window, stride, CAUSAL: tl.constexpr, AXIS: tl.c
 def _windowed_attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, lens_ptr, window_ptr,
     s, heads, group, t, h, w, tiles_t, tiles_h, tiles_w, text_tiles, video_start, text_start, text_len,
-    window_t, window_h, window_w, stride_t, stride_h, stride_w, scale, scale_log2,
+    window_t, window_h, window_w, stride_t, stride_h, stride_w, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, do_b, do_s, do_h,
     D: tl.constexpr, UNIT: tl.constexpr, TEXT: tl.constexpr, LENS: tl.constexpr, CAUSAL: tl.constexpr,
     PER_HEAD: tl.constexpr, AXIS_T: tl.constexpr, AXIS_H: tl.constexpr, AXIS_W: tl.constexpr,
@@ -237,7 +245,7 @@ def _windowed_attention_bwd_dkv_kernel(
             load = real[:, None] & col_mask[None, :]
             q = tl.load(q_head + at[:, None] * q_s + cols[None, :], mask=load, other=0.0)
             do = tl.load(do_head + at[:, None] * do_s + cols[None, :], mask=load, other=0.0)
-            lse = tl.load(lse_ptr + stats + at, mask=real, other=float("-inf"))
+            base = _base(tl.load(lse_ptr + stats + at, mask=real, other=0.0))
             delta = tl.load(delta_ptr + stats + at, mask=real, other=0.0)
             first_t, last_t = axis_window(query_t, t, size_t, stride_t, CAUSAL)
             first_h, last_h = axis_window(query_h, h, size_h, stride_h, False)
@@ -250,9 +258,7 @@ def _windowed_attention_bwd_dkv_kernel(
             )
             bits = tl.where(real, bits, 0)
             seen = ((wanted[:, None] & bits[None, :]) == wanted[:, None]) & visible[:, None]
-            base = tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
-            scores = tl.dot(k, q.T, input_precision="ieee")
-            weights = tl.where(seen, tl.exp2(scores * scale_log2 - base[None, :]), 0.0)
+            weights = _weights(tl.dot(k, q.T, input_precision="ieee"), seen, base[None, :], scale)
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
             ds = weights * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -320,7 +326,7 @@ def windowed_attention_backward(
             kernel[((math.prod(tiles) + text_tiles) * b * count,)](
                 q, k, v, do, lse, delta, *results, kv_lens, table,
                 s, heads, heads // kv_heads, *size, *tiles, text_tiles, video_start, text_start, text_len,
-                *shared_window, *stride, scale, scale * math.log2(math.e), *strides,
+                *shared_window, *stride, scale, *strides,
                 head_dim, unit, text_len > 0, kv_lens is not None, causal_time, table is not None, *axes,
                 *config.query, *config.key, config.block_d,
                 num_warps=config.num_warps, num_stages=config.num_stages,

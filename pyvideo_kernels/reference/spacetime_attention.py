@@ -170,14 +170,20 @@ def spacetime_attention_backward(
 ) -> list[Tensor]:
     """Gradients of (q, k, v), those in ``needs``, from explicit weights, a bounded number of query rows at a time.
 
-        dv = Pᵀ·do,   ds = P ∘ (do·vᵀ - Σ P ∘ (do·vᵀ) + dlse),   dq = scale · ds·k,   dk = scale · dsᵀ·q
+        P = exp(scale · q·k - lse),   ds = P ∘ (do·v - Σ do ∘ out + dlse)
+        dq = scale · ds·k,   dk = scale · dsᵀ·q,   dv = Pᵀ·do
 
-    The weights P are computed again: what the forward rounded is not used.
+    ``outputs``: the forward's ``(out, lse)``, taken as they were rounded; without ``return_lse`` both are made again.
     """
     b, s, heads, _ = q.shape
     groups = k.shape[2]
     dtype = compute_dtype(q)
     do, dlse = grads
+    out, lse = outputs
+    if not return_lse:
+        rest = (grid, window, stride, causal_time, text_len, text_side, kv_lens, scale, True, precision)
+        out, lse = spacetime_attention(q, k, v, *rest)
+        dlse = None
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
     visible = _Visibility(grid, window, stride, causal_time, text_len, text_side, q.device)
     rows = max(1, _MAX_SCORES // max(1, heads * s))
@@ -196,22 +202,28 @@ def spacetime_attention_backward(
             if mask is not None:
                 mask = mask.expand(heads, -1, -1).unflatten(0, (groups, heads // groups))
                 scores = scores.masked_fill(~mask, -math.inf)
-            top = scores.amax(-1, keepdim=True)
-            weights = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total == 0, 1.0, total)
+            base = up(lse[batch, :, start:stop], dtype).unflatten(0, (groups, -1)).unsqueeze(-1)
+            # A row with nothing to see: exp(-inf - 0) = 0 everywhere.
+            weights = torch.exp(scores - torch.where(base == -math.inf, 0.0, base))
             dscores = torch.zeros_like(weights)
             if do is not None:
                 d_out = split(do[batch, start:stop])
                 dv[batch] += torch.matmul(weights.mT, d_out).sum(1).transpose(0, 1)
-                dscores = torch.matmul(d_out, values.mT)
-                dscores = dscores - (weights * dscores).sum(-1, keepdim=True)
-            if dlse is not None and return_lse:
+                delta = (d_out * split(out[batch, start:stop])).sum(-1, keepdim=True)
+                dscores = torch.matmul(d_out, values.mT) - delta
+            if dlse is not None:
                 dscores = dscores + up(dlse[batch, :, start:stop], dtype).unflatten(0, (groups, -1)).unsqueeze(-1)
             dscores = weights * dscores * scale
             dq[batch, start:stop] = torch.matmul(dscores, keys).flatten(0, 1).transpose(0, 1)
             dk[batch] += torch.matmul(dscores.mT, queries).sum(1).transpose(0, 1)
     return [x.to(q.dtype) for x, need in zip((dq, dk, dv), needs, strict=True) if need]
+
+
+def gradient_samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
+    """The samples whose gradient is not zero by nature: with a single key there is no choice to learn."""
+    for kwargs in samples(dtype, head_dim):
+        if kwargs["q"].shape[1] > 1:
+            yield kwargs
 
 
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
