@@ -97,6 +97,40 @@ def spacetime_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     return out.transpose(1, 2)
 
 
+def _tiled(x: Tensor, grid: Any, tile: Any) -> Tensor:
+    """``[B, S, heads, D]`` to ``[B, tiles, tokens of a tile, heads, D]``, padded with zeros."""
+    t, h, w = (-n % side for n, side in zip(grid, tile, strict=True))
+    x = F.pad(x.unflatten(1, grid), (0, 0, 0, 0, 0, w, 0, h, 0, t))
+    for axis in (3, 2, 1):
+        x = x.unflatten(axis, (-1, tile[axis - 1]))
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7, 8).flatten(4, 6).flatten(1, 3)
+
+
+def block_mean(x: Tensor, grid: Any, tile: Any) -> Tensor:
+    """As VSA does it: pad and permute into tiles, sum in fp32, divide by each tile's real size."""
+    real = _tiled(torch.ones_like(x[:1, :, :1, :1]), grid, tile).float().sum(2)
+    return (_tiled(x, grid, tile).float().sum(2) / real).transpose(1, 2)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, grid: Any, tile: Any
+) -> Tensor:
+    """SDPA with the mask that the lists make, a head at a time: all heads' masks would not fit."""
+    tiles = [-(-n // side) for n, side in zip(grid, tile, strict=True)]
+    at = [torch.arange(n, device=q.device) // side for n, side in zip(grid, tile, strict=True)]
+    block = ((at[0][:, None, None] * tiles[1] + at[1][:, None]) * tiles[2] + at[2]).flatten()
+    listed = torch.arange(block_indices.shape[-1], device=q.device) < block_counts[..., None]
+    seen = torch.zeros(*block_counts.shape, block_counts.shape[-1], dtype=torch.bool, device=q.device)
+    seen = seen.scatter(-1, block_indices.long(), listed)
+    heads = [
+        F.scaled_dot_product_attention(
+            *(x[:, :, head : head + 1].transpose(1, 2) for x in (q, k, v)), seen[:, head, block][:, None, :, block]
+        )
+        for head in range(q.shape[2])
+    ]
+    return torch.cat(heads, 1).transpose(1, 2)
+
+
 def rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
     """On ``[B, C, T, H, W]``, as the stock decoder has it; channels last again by a view."""
     no_bias = 0.0  # the module adds it all the same

@@ -228,6 +228,49 @@ def _attention_flops(grid: Any, heads: int, head_dim: int, text: int = 0) -> flo
     return 4.0 * (prod(grid) + text) ** 2 * heads * head_dim
 
 
+def _boxes(grid: Any, tile: Any) -> int:
+    return prod(-(-n // side) for n, side in zip(grid, tile, strict=True))
+
+
+def _listed(grid: Any, tile: Any, sparsity: float) -> int:
+    """Blocks in each list."""
+    return max(1, round(_boxes(grid, tile) * (1 - sparsity)))
+
+
+def _sparse_inputs(
+    grid: Any, heads: int, head_dim: int, tile: Any, sparsity: float, dtype: Any, device: Any
+) -> dict[str, Any]:
+    """Lists at random, a list a head and block, all of one length."""
+    blocks, listed = _boxes(grid, tile), _listed(grid, tile, sparsity)
+    order = torch.rand(1, heads, blocks, blocks, device=device).argsort(-1)[..., :listed]
+    return {
+        **_attention_inputs(grid, heads, head_dim, dtype, device),
+        "tile": tile,
+        "block_indices": order.sort(-1).values.to(torch.int32),
+        "block_counts": torch.full((1, heads, blocks), listed, dtype=torch.int32, device=device),
+    }
+
+
+def _sparse_bytes(grid: Any, heads: int, head_dim: int, tile: Any, sparsity: float, dtype: torch.dtype) -> int:
+    lists = heads * _boxes(grid, tile) * (_listed(grid, tile, sparsity) + 1) * 4
+    return _attention_bytes(grid, heads, head_dim, dtype) + lists
+
+
+def _sparse_flops(grid: Any, heads: int, head_dim: int, tile: Any, sparsity: float) -> float:
+    """Of the listed blocks: on average they hold their share of the tokens, the short ones at the edges included."""
+    share = _listed(grid, tile, sparsity) / _boxes(grid, tile)
+    return _attention_flops(grid, heads, head_dim) * share
+
+
+def _mean_inputs(grid: Any, heads: int, head_dim: int, tile: Any, dtype: Any, device: Any) -> dict[str, Any]:
+    """Off zero, or the check of the means would compare what is left when all cancels."""
+    return {"x": _rand(1, prod(grid), heads, head_dim, dtype=dtype, device=device) + 1, "grid": grid, "tile": tile}
+
+
+def _mean_bytes(grid: Any, heads: int, head_dim: int, tile: Any, dtype: torch.dtype) -> int:
+    return heads * head_dim * (prod(grid) * dtype.itemsize + _boxes(grid, tile) * FP32)
+
+
 # VAE ----------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +369,9 @@ ENTRIES: dict[str, Entry] = {
               _embed_flops),
         Entry("spacetime_attention", _S.ATTENTION_GPU, _S.ATTENTION_CPU, _attention_inputs, eager.spacetime_attention,
               _attention_bytes, _attention_flops),
+        Entry("block_sparse_attention", _S.SPARSE_GPU, _S.SPARSE_CPU, _sparse_inputs, eager.block_sparse_attention,
+              _sparse_bytes, _sparse_flops),
+        Entry("block_mean", _S.MEAN_GPU, _S.MEAN_CPU, _mean_inputs, eager.block_mean, _mean_bytes),
         Entry("rms_norm_silu", _S.VAE_GPU, _S.VAE_CPU, _vae_norm_inputs, eager.rms_norm_silu, _vae_norm_bytes,
               stock=_channels_first),
         Entry("causal_conv3d", _S.VAE_GPU, _S.VAE_CPU, _conv_inputs, eager.causal_conv3d, _conv_bytes, _conv_flops,

@@ -93,6 +93,36 @@ ATTENTION_GPU: Shapes = {
 }
 ATTENTION_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128}}
 
+# Blocks of 64 tokens, boxes as in VSA, and of 128; each list holds so many blocks that ``sparsity`` of all are left out.
+_WAN_1B_HEADS = {"grid": WAN_480P, "heads": 12, "head_dim": 128}
+_HUNYUAN_HEADS = {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128}
+SPARSE_GPU: Shapes = {
+    "wan-1.3b-480p-64-80%": {**_WAN_1B_HEADS, "tile": (4, 4, 4), "sparsity": 0.80},
+    "wan-1.3b-480p-64-91%": {**_WAN_1B_HEADS, "tile": (4, 4, 4), "sparsity": 0.91},
+    "wan-1.3b-480p-flat-128-91%": {**_WAN_1B_HEADS, "grid": (1, 1, prod(WAN_480P)), "tile": (1, 1, 128),
+                                   "sparsity": 0.91},
+    "wan-14b-720p-128-91%": {"grid": WAN_720P, "heads": 40, "head_dim": 128, "tile": (4, 4, 8), "sparsity": 0.91},
+    "hunyuan-720p-64-91%": {**_HUNYUAN_HEADS, "tile": (4, 4, 4), "sparsity": 0.91},
+    "hunyuan-720p-128-80%": {**_HUNYUAN_HEADS, "tile": (4, 4, 8), "sparsity": 0.80},
+    "hunyuan-720p-128-91%": {**_HUNYUAN_HEADS, "tile": (4, 4, 8), "sparsity": 0.91},
+    "cogvideox-480p-64-91%": {"grid": COG_480P, "heads": 48, "head_dim": 64, "tile": (4, 4, 4), "sparsity": 0.91},
+}  # fmt: skip
+SPARSE_CPU: Shapes = {
+    "wan-1.3b-1280-64-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "tile": (4, 4, 4), "sparsity": 0.80},
+    "wan-1.3b-1280-128-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "tile": (4, 4, 8), "sparsity": 0.80},
+}
+_MEAN_ONLY = ("grid", "heads", "head_dim", "tile")
+MEAN_GPU: Shapes = {
+    name: {part: SPARSE_GPU[shape][part] for part in _MEAN_ONLY}
+    for name, shape in (
+        ("wan-1.3b-480p-64", "wan-1.3b-480p-64-91%"),
+        ("wan-14b-720p-128", "wan-14b-720p-128-91%"),
+        ("hunyuan-720p-64", "hunyuan-720p-64-91%"),
+        ("cogvideox-480p-64", "cogvideox-480p-64-91%"),
+    )
+}
+MEAN_CPU: Shapes = {"wan-1.3b-1280-64": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "tile": (4, 4, 4)}}
+
 # Four frames at a time: what the decoder makes of one latent frame.
 VAE_GPU: Shapes = {
     "wan-480p-full-96": {"grid": (4, 480, 832), "channels": 96},
