@@ -226,14 +226,10 @@ def _int8_windowed_attention_fwd_kernel(
             | axis_bits(first_h, last_h, from_h, is_text, KH, KT)
             | axis_bits(first_w, last_w, from_w, is_text, KW, KT + KH)
         )
-        edge = (
-            axis_bits(0, t - 1, from_t, False, KT, 0)
-            | axis_bits(0, h - 1, from_h, False, KH, KT)
-            | axis_bits(0, w - 1, from_w, False, KW, KT + KH)
-        )
-        seen = seen & edge
+        # No query sees a key past the edge, be it text: such a key asks for the sign bit too, which no word has.
+        asked = tl.where(real, wanted, -1)
         scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
-        scores = tl.where((seen[:, None] & wanted[None, :]) == wanted[None, :], scores, float("-inf"))
+        scores = tl.where((seen[:, None] & asked[None, :]) == asked[None, :], scores, float("-inf"))
         weights, acc, top, total = _soften_rows(scores, acc, top, total, factor, True)
         if DESCRIPTORS:
             v = v_desc.load([batch.to(tl.int32), from_t, from_h, from_w, where]).reshape(BLOCK_N, BLOCK_D)
