@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,10 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "gate_residual_norm_modulate": ("cpu",),
     "rms_norm": ("cpu",),
     "qk_norm_rope": ("cpu",),
+    "qk_norm_rope_": ("cpu",),
     "rms_norm_silu": ("cpu",),
     "guidance_step": ("cpu", "cuda"),
+    "unipc_step": ("cpu",),
 }
 # Arguments (by position) that a kernel takes in one dtype only, where the op takes two.
 _ALIKE: dict[str, tuple[int, int]] = {"guidance_step": (1, 2)}
@@ -121,7 +124,7 @@ def op(name: str, device: str = "cpu") -> Callable[..., Any]:
 
 def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> Any:
     dtypes = _DTYPES[device]
-    for arg in args:
+    for arg in itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args):
         if isinstance(arg, Tensor):
             if arg.dtype not in dtypes:
                 names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -221,7 +221,7 @@ _ROWS: tuple[Op, ...] = (
         "qk_norm_rope_",
         f"(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
         _nothing,
-        _impls("qk_norm_rope_", "triton", home="qk_norm_rope"),
+        _impls("qk_norm_rope_", "triton", "cpu", home="qk_norm_rope"),
         heads="q",
     ),
     Op(
@@ -311,7 +311,7 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor sample, Tensor cond, Tensor? uncond, Tensor? last_sample, Tensor[] history, float guidance_scale, "
         "float sigma, float[] corrector, float[] predictor, str impl) -> (Tensor, Tensor, Tensor)",
         _unipc_step,
-        _impls("unipc_step", "triton"),
+        _impls("unipc_step", "triton", "cpu"),
     ),
 )
 

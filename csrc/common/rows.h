@@ -42,6 +42,9 @@ struct Rows {
     }
     return data + offset + (dims > 0 ? index * strides[0] : 0);
   }
+
+  // Of a tensor that is an output.
+  PYVIDEO_INLINE char* mutable_row(int64_t index) const { return const_cast<char*>(row(index)); }
 };
 
 template <class T>
@@ -49,6 +52,14 @@ PYVIDEO_INLINE void load_row(const T* __restrict in, int64_t n, float* __restric
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     out[i] = to_float(in[i]);
+  }
+}
+
+template <class T>
+PYVIDEO_INLINE void store_row(const float* __restrict in, int64_t n, T* __restrict out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = from_float<T>(in[i]);
   }
 }
 

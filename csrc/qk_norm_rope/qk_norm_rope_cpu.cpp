@@ -1,5 +1,5 @@
 // qk_norm_rope on the CPU: a token's heads are normalised and rotated in a float row that stays in cache, and rounded
-// once.
+// once. All of a token is read before any of it is written, so the result may go where the token came from.
 #include <string>
 #include <tuple>
 #include <vector>
@@ -13,12 +13,12 @@ namespace {
 enum class Norm : int { none, across_heads, per_head };
 
 struct Args {
-  Rows x;  // one row a head
+  Rows x;    // one row a head
+  Rows out;  // as x, and may be x
   Rows cos;
   Rows sin;
   const float* weight;
   const float* bias;
-  char* out;
   int64_t heads;
   int64_t head_dim;
   int64_t tokens;  // in a batch entry
@@ -110,10 +110,8 @@ PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scrat
         }
       }
     }
-    T* out = reinterpret_cast<T*>(a.out) + token * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      out[i] = from_float<T>(scratch[i]);
+    for (int64_t h = 0; h < a.heads; ++h) {
+      store_row(scratch + h * a.head_dim, a.head_dim, reinterpret_cast<T*>(a.out.mutable_row(token * a.heads + h)));
     }
   }
 }
@@ -153,8 +151,8 @@ struct Options {
   float eps;
 };
 
-Tensor one(const char* name, const Tensor& x, const char* weight_name, const std::optional<Tensor>& weight,
-           const char* bias_name, const std::optional<Tensor>& bias, const Options& o) {
+void one(const char* name, const Tensor& x, const char* weight_name, const std::optional<Tensor>& weight,
+         const char* bias_name, const std::optional<Tensor>& bias, const Options& o, Tensor& out) {
   const char* op = "qk_norm_rope";
   const std::vector<int64_t> shape = shape_of(x);
   PYVIDEO_CHECK(shape.size() == 4, op, ": `", name, "` must have 4 dimensions; got ", shape.size());
@@ -178,14 +176,18 @@ Tensor one(const char* name, const Tensor& x, const char* weight_name, const std
   const int64_t values = o.norm == Norm::across_heads ? a.heads * a.head_dim : a.head_dim;
   a.weight = float_vector(op, weight_name, weight, values, weight_storage);
   a.bias = float_vector(op, bias_name, bias, values, bias_storage);
-  Tensor out = new_contiguous(x);
-  a.out = static_cast<char*>(out.mutable_data_ptr());
+  a.out = rows_like(op, name, out, shape);
   const int64_t width = a.heads * a.head_dim;
   parallel_rows(shape[0] * a.tokens, width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(width + 2 * a.head_dim));
     (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
   });
-  return out;
+}
+
+Options options(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const std::string& norm,
+                const std::string& norm_type, const std::string& layout, int64_t start, int64_t stop, double eps) {
+  const Norm kind = norm == "across_heads" ? Norm::across_heads : norm == "per_head" ? Norm::per_head : Norm::none;
+  return {cos, sin, kind, norm_type == "layer", layout == "interleaved", start, stop, static_cast<float>(eps)};
 }
 
 std::tuple<Tensor, Tensor> qk_norm_rope(Tensor q, Tensor k, std::optional<Tensor> q_weight,
@@ -193,18 +195,21 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor q, Tensor k, std::optional<Tensor
                                         std::optional<Tensor> k_bias, std::optional<Tensor> cos,
                                         std::optional<Tensor> sin, std::string norm, std::string norm_type,
                                         std::string layout, int64_t rotary_start, int64_t rotary_stop, double eps) {
-  const Norm kind = norm == "across_heads" ? Norm::across_heads : norm == "per_head" ? Norm::per_head : Norm::none;
-  const Options o{cos,
-                  sin,
-                  kind,
-                  norm_type == "layer",
-                  layout == "interleaved",
-                  rotary_start,
-                  rotary_stop,
-                  static_cast<float>(eps)};
-  Tensor new_q = one("q", q, "q_weight", q_weight, "q_bias", q_bias, o);
-  Tensor new_k = one("k", k, "k_weight", k_weight, "k_bias", k_bias, o);
+  const Options o = options(cos, sin, norm, norm_type, layout, rotary_start, rotary_stop, eps);
+  Tensor new_q = new_contiguous(q);
+  Tensor new_k = new_contiguous(k);
+  one("q", q, "q_weight", q_weight, "q_bias", q_bias, o, new_q);
+  one("k", k, "k_weight", k_weight, "k_bias", k_bias, o, new_k);
   return {new_q, new_k};
+}
+
+void qk_norm_rope_(Tensor q, Tensor k, std::optional<Tensor> q_weight, std::optional<Tensor> k_weight,
+                   std::optional<Tensor> q_bias, std::optional<Tensor> k_bias, std::optional<Tensor> cos,
+                   std::optional<Tensor> sin, std::string norm, std::string norm_type, std::string layout,
+                   int64_t rotary_start, int64_t rotary_stop, double eps) {
+  const Options o = options(cos, sin, norm, norm_type, layout, rotary_start, rotary_stop, eps);
+  one("q", q, "q_weight", q_weight, "q_bias", q_bias, o, q);
+  one("k", k, "k_weight", k_weight, "k_bias", k_bias, o, k);
 }
 
 }  // namespace
@@ -214,8 +219,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) {
       "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
       "Tensor? cos, Tensor? sin, str norm, str norm_type, str layout, int rotary_start, int rotary_stop, float eps) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "qk_norm_rope_(Tensor(a!) q, Tensor(b!) k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
+      "Tensor? cos, Tensor? sin, str norm, str norm_type, str layout, int rotary_start, int rotary_stop, float eps) "
+      "-> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvideo_native, CPU, m) { m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope)); }
+STABLE_TORCH_LIBRARY_IMPL(pyvideo_native, CPU, m) {
+  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_", TORCH_BOX(&qk_norm_rope_));
+}
 
 }  // namespace pyvideo

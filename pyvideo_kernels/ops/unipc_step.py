@@ -44,7 +44,7 @@ def unipc_step(
         sigma: noise level of ``sample`` in [0, 1].
         corrector: empty on the first step, else ``2 + len(history)`` coefficients.
         predictor: ``2 + len(history)`` coefficients.
-        impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
     Returns:
         ``(prev_sample, x0, corrected)``: shape and dtype of ``sample``, contiguous; fp32 inside, each rounded once.
     Raises:
