@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import DTypeError, bad_option, bad_shape, check_same_device, check_tensor, refuse_grad
+from ..reference.block_mean import tile_sizes
 from ._checks import check_triple
 from .block_sparse_attention import check_heads, check_scale, check_tile
 
@@ -110,15 +111,6 @@ def video_sparse_attention(
 
 
 # Scores and selection: plain torch on one row a tile. Nothing here waits for the device or depends on its values. ----
-
-
-def tile_sizes(grid: Sequence[int], tile: Sequence[int], device: torch.device) -> Tensor:
-    """``[tiles]`` int64: tokens in each tile; fewer at the far edges of a ragged grid."""
-    sizes = torch.ones((), dtype=torch.int64, device=device)
-    for n, side in zip(grid, tile, strict=True):
-        along = (n - torch.arange((n + side - 1) // side, device=device) * side).clamp(max=side)
-        sizes = sizes[..., None] * along
-    return sizes.flatten()
 
 
 def tile_scores(q_mean: Tensor, k_mean: Tensor, scale: float) -> Tensor:

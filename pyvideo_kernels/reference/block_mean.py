@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import compute_dtype, generator, randn, up
@@ -27,15 +28,23 @@ def blocks_of(grid: Sequence[int], tile: Sequence[int], device: torch.device | s
     return block, place
 
 
+def tile_sizes(grid: Sequence[int], tile: Sequence[int], device: torch.device) -> Tensor:
+    """``[tiles]`` int64: tokens in each tile; fewer at the far edges of a ragged grid."""
+    sizes = torch.ones((), dtype=torch.int64, device=device)
+    for n, side in zip(grid, tile, strict=True):
+        along = (n - torch.arange((n + side - 1) // side, device=device) * side).clamp(max=side)
+        sizes = sizes[..., None] * along
+    return sizes.flatten()
+
+
 def block_mean(x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> Tensor:
-    """Sums by box, divided by the tokens that are there."""
-    b, _, heads, head_dim = x.shape
-    dtype = compute_dtype(x)
-    block, _ = blocks_of(grid, tile, x.device)
-    sizes = torch.bincount(block)
-    out = torch.zeros((b, len(sizes), heads, head_dim), dtype=dtype, device=x.device)
-    out.index_add_(1, block, up(x, dtype))
-    return (out / sizes[:, None, None]).transpose(1, 2).contiguous()
+    """The grid filled up to whole boxes with zeros, sums of each, divided by the tokens that are there."""
+    t, h, w = (-n % side for n, side in zip(grid, tile, strict=True))
+    video = F.pad(up(x, compute_dtype(x)).unflatten(1, list(grid)), (0, 0, 0, 0, 0, w, 0, h, 0, t))
+    for axis in (3, 2, 1):
+        video = video.unflatten(axis, (-1, tile[axis - 1]))
+    sums = video.sum((2, 4, 6)).flatten(1, 3)  # [B, boxes, heads, D]
+    return (sums / tile_sizes(grid, tile, x.device)[:, None, None]).transpose(1, 2).contiguous()
 
 
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
