@@ -234,7 +234,7 @@ def _windowed_attention_bwd_dkv_kernel(
         stats = (batch * heads + head) * s
         # Boxes of video queries first, then runs of text queries, which see everything.
         boxes = steps_t * steps_h * steps_w
-        for i in tl.range(0, (boxes + text_runs) * some):
+        for i in tl.range(0, (boxes + text_runs) * some, disable_licm=True):
             by_text = i >= boxes
             query_t = start_t + i // (steps_h * steps_w) * QT + in_t
             query_h = start_h + i // steps_w % steps_h * QH + in_h

@@ -95,7 +95,7 @@ def select(arch: str, *, op: str, head_dim: int, itemsize: int, aligned: bool, t
 
     small, medium = head_dim <= 64, head_dim <= 128
     if arch == "cpu":
-        return config(32, 32, 4, 1)
+        return config(64, 64, 4, 1)
     if itemsize == 4:
         # IEEE products run on the ordinary FMA units, operands in registers: small tiles.
         return config(32, 16, 8, 1)
@@ -150,13 +150,24 @@ def select_backward(
     def config(m: int, n: int, warps: int, stages: int) -> WindowConfig:
         return _config(m, n, warps, stages, head_dim=head_dim, grid=(t, h, w))
 
+    small = head_dim <= 64
     if arch == "cpu":
-        return config(32, 32, 4, 1)
+        return config(64, 64, 4, 1)
     if itemsize == 4:
         return config(16, 16, 4, 1)
     if arch.startswith("gfx"):
         return config(32, 32, 4, 1)
-    return config(64, 32, 4, 2) if of == "dq" else config(32, 64, 8, 2)
+    if arch in ("sm_100", "sm_103"):
+        if of == "dq":
+            return config(128, 64, 8, 2) if small else config(64, 32, 4, 2)
+        return config(32, 64, 8, 2 if small else 1)
+    if arch == "sm_90":
+        if of == "dq":
+            return config(128 if small else 64, 64, 8, 2)
+        return config(32, 64, 8, 2)
+    if of == "dq":
+        return config(64, 32, 4, 2) if small else config(64, 64, 8, 2)
+    return config(64, 32, 8, 2) if small else config(32, 64, 8, 2)
 
 
 @select_backward.legality

@@ -264,3 +264,10 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
     # Text alone, none of it valid in one row of the batch: zeros and -inf.
     nothing = {"text_len": 23, "kv_lens": torch.tensor([0, 17])}
     yield {**dense, **separate(2, 23, 1, 1, dim(64), scale=8.0), "grid": (0, 0, 0), **nothing}
+    # Windows: a row for each of four grouped heads, strides, text before; and the end of a causal stream.
+    rows = (2, 3, 2, 1, 3, 5, 3, 2, 4, 2, 2, 2)
+    text = {"text_len": 3, "text_side": "prefix", "kv_lens": torch.tensor([2, 0], dtype=torch.int32)}
+    shape = separate(2, 3 * 3 * 5 + 3, 4, 2, dim(64))
+    yield {**dense, **shape, **text, "grid": (3, 3, 5), "window": rows, "stride": (1, 2, 2)}
+    causal = {"window": (3, 2, 3), "stride": (2, 1, 3), "causal_time": True, "text_len": 2}
+    yield {**dense, **separate(1, 5 * 2 * 4 + 2, 1, 1, dim(128)), **causal, "grid": (5, 2, 4)}
