@@ -16,10 +16,13 @@ from typing import Any
 Size = int | tuple[int, int]
 Triple = tuple[int, int, int]
 
-DENSE_OP = "spacetime_attention"
-TILES_OP = "block_sparse_attention"
-# Besides it, `video_sparse_attention` runs this on q and k, to score the tiles.
-SCORES_OP = "block_mean"
+# The ops behind each kind of attention, the one that attends last. `spacetime_attention` in a precision of its own and
+# `video_sparse_attention` are functions that call several.
+_NATIVE = ("spacetime_attention",)
+_BY_PRECISION = {"int8": ("quantize_qk", "int8_attention")}
+_TILES = ("block_mean", "block_sparse_attention")
+ATTENTION_OPS = frozenset((*_NATIVE, *_BY_PRECISION["int8"], *_TILES))
+"""Ops that run only where ``attention=`` asks for them."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,24 @@ class LayerAttention:
     precision: str = "native"
 
     @property
-    def op(self) -> str:
-        """The op that attends."""
-        return DENSE_OP if self.top_k is None and self.share is None else TILES_OP
+    def tiled(self) -> bool:
+        """Whether tiles are chosen, by `video_sparse_attention`."""
+        return self.top_k is not None or self.share is not None
 
     @property
     def ops(self) -> tuple[str, ...]:
         """The ops that run it."""
-        return (DENSE_OP,) if self.op == DENSE_OP else (SCORES_OP, TILES_OP)
+        return _TILES if self.tiled else _BY_PRECISION.get(self.precision, _NATIVE)
+
+    @property
+    def op(self) -> str:
+        """The op that attends."""
+        return self.ops[-1]
 
     @property
     def dense(self) -> bool:
         """Whether every query sees every key, in the inputs' own precision."""
-        return not self.window and self.op == DENSE_OP and self.precision == "native"
+        return not self.window and not self.tiled and self.precision == "native"
 
     def window_on(self, grid: Sequence[int]) -> tuple[list[Any] | None, list[int]]:
         """``window`` in tokens (a row, or one a head) and the stride, for ``spacetime_attention``.
@@ -135,7 +143,7 @@ class LayerAttention:
 
     def to_dict(self) -> dict[str, Any] | str:
         """What was asked for, as plain data that ``choose`` takes."""
-        if not self.window and self.op == DENSE_OP:
+        if not self.window and not self.tiled:
             return "dense" if self.dense else self.precision
         out: dict[str, Any] = {}
         if self.window:
@@ -143,7 +151,7 @@ class LayerAttention:
             out["window"] = rows if len(rows) > 1 else rows[0]
             if self.stride != (1, 1, 1):
                 out["stride"] = list(self.stride)
-        elif self.op == TILES_OP:
+        else:
             if self.top_k is not None:
                 out["top_k"] = _number(self.top_k)
             else:
@@ -190,7 +198,7 @@ class AttentionChoice:
 
     def ops_of(self, layer: LayerAttention) -> tuple[str, ...]:
         """The ops that a layer which runs ``layer`` may call."""
-        return layer.ops if self.dense_steps == 0 else tuple(dict.fromkeys((*layer.ops, DENSE_OP)))
+        return layer.ops if self.dense_steps == 0 else tuple(dict.fromkeys((*layer.ops, *DENSE.ops)))
 
     def ops(self) -> tuple[str, ...]:
         """The ops that any layer may call."""

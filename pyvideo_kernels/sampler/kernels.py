@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import _native, dispatch
-from ..attention_choice import DENSE_OP, SCORES_OP, TILES_OP
+from ..attention_choice import ATTENTION_OPS, AttentionChoice
 from ..attention_text import choose
 from ..error_types import UnsupportedError, UsageError
 from ..schemas import OPS
@@ -37,6 +37,11 @@ def _chosen(ops: str | Iterable[str]) -> list[str]:
     return forward_ops() if ops == "all" else list(ops)
 
 
+def _idle(choice: AttentionChoice | None) -> set[str]:
+    """Ops that no run calls: updates in place, and attention that was not asked for."""
+    return ({"qk_norm_rope_"} | ATTENTION_OPS) - set(() if choice is None else choice.ops())
+
+
 def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, impl: str, device: torch.device) -> None:
     """Refuse, before loading, an explicit choice that this device or op cannot serve.
 
@@ -53,10 +58,8 @@ def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, i
     have = [name for name in wanted if impl in OPS[name].impls]
     for name in have:
         dispatch.check_runs_on(OPS[name], impl, device)
-    # What a run never calls need not be there: updates in place, and attention that was not asked for.
-    runs = () if choice is None else choice.ops()
-    idle = {"qk_norm_rope_"} | ({DENSE_OP, TILES_OP, SCORES_OP} - set(runs))
-    lacking = [name for name in wanted if impl not in OPS[name].impls and name not in idle]
+    # What a run never calls need not be there.
+    lacking = [name for name in wanted if impl not in OPS[name].impls and name not in _idle(choice)]
     if lacking:
         remedy = f"add --ops {','.join(have)}, or --impl auto" if have else "use --impl auto"
         raise UsageError(f"--impl {impl}: {', '.join(lacking)} cannot run so; {remedy}")
@@ -83,12 +86,14 @@ def _is_native(name: str, impl: str) -> bool:
 
 
 def summary(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels, in a few words."""
-    names = _chosen(op_names(settings.ops))
+    """Which kernels, in a few words, and which attention if the model does not keep its own."""
+    choice = choose(settings.attention)
+    attention = "" if choice is None else f"; attention {choice}"
+    names = [name for name in _chosen(op_names(settings.ops)) if name not in _idle(choice)]
     if settings.impl != "auto":
-        return f"{len(names)} ops by {settings.impl}"
+        return f"{len(names)} ops by {settings.impl}{attention}"
     counts = collections.Counter(binding(name, device, dtype)[0] for name in names)
-    return f"{len(names)} ops: " + ", ".join(f"{count} {impl}" for impl, count in counts.most_common())
+    return f"{len(names)} ops: " + ", ".join(f"{count} {impl}" for impl, count in counts.most_common()) + attention
 
 
 def is_accelerated(pipe: Any) -> bool:

@@ -320,12 +320,13 @@ def test_errors_become_rows_and_the_others_go_on(source, quick, monkeypatch):
         return build(pipe, variant)
 
     monkeypatch.setattr(session, "build", failing)
-    rows, events = _rows(source, "ours:attention=int8", "eager:backend=flex", "ours:ops=rms_norm", float32=False)
-    assert rows["ours:attention=int8"]["error"].startswith("UnsupportedError: accelerate: attention 'int8'")
+    refused = "ours:attention=dense,ops=rms_norm"
+    rows, events = _rows(source, refused, "eager:backend=flex", "ours:ops=rms_norm", float32=False)
+    assert rows[refused]["error"].startswith("ValueOptionError: accelerate: `attention` dense needs")
     out = rows["eager:backend=flex"]["error"]
     assert out == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     assert rows["ours:ops=rms_norm"]["rounds"] == 3 and set(rows["ours:ops=rms_norm"]["calls"]) == {"rms_norm"}
-    assert ("failed", "ours:attention=int8") in events
+    assert ("failed", refused) in events
 
 
 def test_a_family_that_accelerate_does_not_know(quick):
@@ -386,7 +387,7 @@ _SETTINGS = {
 
 
 def test_command_writes_json_markdown_and_plots(tmp_path, quick, capsys):
-    e2e.command(replace(TINY, variants=("ours", "ours:attention=int8")), tmp_path)
+    e2e.command(replace(TINY, variants=("ours", "ours:attention=dense,ops=rms_norm")), tmp_path)
     out = capsys.readouterr()
     paths = [Path(line) for line in out.out.split()]
     assert {path.suffix for path in paths} >= {".json", ".md", ".svg"} and all(path.stat().st_size for path in paths)
@@ -405,7 +406,7 @@ def test_command_writes_json_markdown_and_plots(tmp_path, quick, capsys):
         assert ratio == pytest.approx(eager["seconds"][phase]["median"] / good["seconds"][phase]["median"])
     page = paths[1].read_text()
     assert "| ours |" in page and "ours against eager: " in page
-    assert "ours: clip 3 of 3" in out.err and "int8" in out.err
+    assert "ours: clip 3 of 3" in out.err and "needs spacetime_attention" in out.err
 
 
 def test_ctrl_c_keeps_what_was_timed(tmp_path, quick, monkeypatch):

@@ -9,9 +9,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch._dynamo.testing import CompileCounter
 
 import pyvideo_kernels as pv
-from pyvideo_kernels.attention_choice import DENSE
 from pyvideo_kernels.attention_text import choose
-from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
+from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.integrations import swap
 from pyvideo_kernels.integrations.diffusers import wan_attention
 
@@ -158,36 +157,45 @@ def test_all_of_it_is_dense(choice):
     assert not report.fallbacks() and used(report) & {"spacetime_attention", "block_sparse_attention"}
 
 
-@pytest.mark.parametrize(
-    ("choice", "arguments"),
-    [({"top_k": 1}, {"top_k": 1}), ({"top_k": 0.5}, {"top_k": 2}), ("top_k=0.25,tile=1x8x8", {"top_k": 1}),
-     ("share=0.4", {"select": "threshold", "share": 0.4})],
-)  # fmt: skip
-def test_tiles_are_those_of_the_op(choice, arguments):
-    """The same model with the op in the stock processor's place; what the op chooses is its own tests' matter."""
-    tile = (1, 8, 8) if "tile" in choice else (4, 4, 4)
+OPS = {
+    "tiles": ({"top_k": 1}, "video_sparse_attention", {"top_k": 1}),
+    "a share of the tiles": ({"top_k": 0.5}, "video_sparse_attention", {"top_k": 2}),
+    "other tiles": ("top_k=0.25,tile=1x8x8", "video_sparse_attention", {"tile": (1, 8, 8), "top_k": 1}),
+    "mass": ("share=0.4", "video_sparse_attention", {"select": "threshold", "share": 0.4}),
+    "int8": ("int8", "spacetime_attention", {"precision": "int8"}),
+    "int8 windows": ("window=3x3x2,precision=int8", "spacetime_attention",
+                     {"precision": "int8", "window": WINDOW}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_it_is_what_the_op_gives(name):
+    """The same model with the op in the stock processor's place; what the op computes is its own tests' matter."""
+    choice, op, arguments = OPS[name]
     model, video = model_of(), inputs()
     stock = copy.deepcopy(model)
     dense = run(stock, video)
     report = pv.accelerate(model, attention=choice, strict=True)
     ours = run(model, video)
-    assert report.calls()["block_sparse_attention"] == {"reference": 2} and not report.fallbacks()
-    wanted = pv.video_sparse_attention
+    attends = {"video_sparse_attention": "block_sparse_attention", "spacetime_attention": "int8_attention"}[op]
+    assert report.calls()[attends] == {"reference": 2} and not report.fallbacks()
+    wanted = getattr(pv, op)
 
-    class Tiles(WanAttnProcessor):
+    class OfTheOp(WanAttnProcessor):
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
             if encoder_hidden_states is not None:
                 return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
             q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
             q, k = (norm(x).unflatten(2, (attn.heads, -1)) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
             q, k = (wan_attention._stock_rotate(x, *rotary_emb) for x in (q, k))
-            out = wanted(q, k, v.unflatten(2, (attn.heads, -1)), grid=GRID, tile=tile, **arguments)
-            return attn.to_out[0](out.flatten(2))
+            return attn.to_out[0](wanted(q, k, v.unflatten(2, (attn.heads, -1)), grid=GRID, **arguments).flatten(2))
 
     for block in stock.blocks:
-        block.attn1.set_processor(Tiles())
-    torch.testing.assert_close(ours, run(stock, video), rtol=1e-4, atol=1e-4)
-    assert (ours - dense).abs().max() > 0.02
+        block.attn1.set_processor(OfTheOp())
+    theirs = run(stock, video)
+    if "int8" not in name:  # where rounding earlier may turn a code, and one code is worth more than a rounding
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - dense).abs().max() > 10 * (ours - theirs).abs().max()
 
 
 # Steps ------------------------------------------------------------------------------------------------------------
@@ -290,12 +298,12 @@ def test_caches_hear_of_the_step_too(recorder):
 # Compilation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-def test_dense_and_sparse_are_two_graphs_however_many_steps_and_layers(blocks):
+@pytest.mark.parametrize(("blocks", "layers", "dense_layers"), [(False, 1, 0), (True, 3, 1)])
+def test_dense_and_sparse_are_two_graphs_however_many_steps_and_layers(blocks, layers, dense_layers):
     torch._dynamo.reset()
-    model, counter, arguments = model_of(3 if blocks else 2), CompileCounter(), inputs()
+    model, counter, arguments = model_of(layers), CompileCounter(), inputs()
     eager = copy.deepcopy(model)
-    choice = {"window": WINDOW, "dense_steps": 2, "dense_layers": 1}
+    choice = {"window": WINDOW, "dense_steps": 2, "dense_layers": dense_layers}
     for each in (model, eager):
         pv.accelerate(each, attention=choice, strict=True)
     if blocks:
@@ -440,80 +448,3 @@ def test_the_report_says_what_each_module_runs():
     assert report.to_dict()["attention"] == {"top_k": 0.3, "tile": [4, 4, 4], "dense_layers": [1]}
     assert pv.accelerate(model, attention="dense").to_dict()["attention"] == "dense"
     assert pv.accelerate(model).to_dict()["attention"] is None
-
-
-# What is refused ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("choice", "words"),
-    [
-        ("sparse", r"must be one of dense, int8, fp8, none, or KEY=VALUE.*got 'sparse'"),
-        ({"windw": (3, 3, 3)}, r"no key 'windw' \(did you mean 'window'\?\); there are window, stride"),
-        ("window=3x3", r"`window` must be three sizes .*; got \[3, 3\]"),
-        ({"window": (3, 0, 3)}, "`window` must be tokens, an integer of at least 1, or a share .*; got 0"),
-        ({"window": (3, 1.5, 3)}, "a float above 0 and at most 1; got 1.5"),
-        ({"window": (3, True, 3)}, "got True"),
-        ({"window": [(3, 3, 3)] * 3}, "`window` must be one row, or one for each of 2 heads; got 3"),
-        ({"window": (3, 3, 3), "top_k": 2}, "`window` and `top_k` exclude each other"),
-        ("top_k=2,share=0.5", "`top_k` and `share` exclude each other"),
-        ({"stride": (1, 2, 2)}, "`stride` goes with window"),
-        ({"window": (3, 3, 3), "stride": (1, 4, 1)}, r"`stride` must be at most the window \(3, 3, 3\)"),
-        ({"window": (3, 3, 3), "tile": (4, 4, 4)}, "`tile` goes with top_k or share"),
-        ({"top_k": 2, "tile": (4, 4, 5)}, "`tile` must be 64 or 128 tokens in all"),
-        ({"top_k": 0}, "`top_k` must be tiles, an integer of at least 1"),
-        ("share=1.1", "`share` must be a share of the attention mass"),
-        ("top_k=2,precision=int8", "`precision` int8 goes with window or alone"),
-        ("int4", r"got 'int4' \(did you mean 'int8'\?\)"),
-        ({"precision": "int4"}, r"`precision` must be native, int8, fp8; got 'int4'"),
-        ("dense,dense_steps=2", "dense attention needs no dense_layers and dense_steps"),
-        ({"dense_steps": 2}, "give window, top_k, share or precision"),
-        ("window=3x3x3,dense_steps=1.5", "`dense_steps` must be steps, an integer of at least 0, or a share"),
-        ("window=3x3x3,dense_layers=4-2", "ranges that go up"),
-        ({"window": (3, 3, 3), "dense_layers": [2]}, "names block 2; there are 2, 0 to 1"),
-        ({"window": (3, 3, 3), "dense_layers": 1, "layers": {0: "dense"}}, "block 0 is named twice"),
-        ({"layers": {0: {"window": (3, 3, 3), "dense_steps": 1}}}, "`layers` 0 must be what these blocks run"),
-        ({"layers": {"a-b": "dense"}}, "`layers` 'a-b' must be a number of blocks, or indices"),
-        (7, "must be one of dense"),
-        ("window=3x3x3,window=1x1x1", "`window` is given twice"),
-    ],
-)
-def test_refused_before_anything_is_changed(choice, words):
-    model = tiny()
-    with pytest.raises(ValueOptionError, match=f"accelerate: `attention`.*{words}"):
-        pv.accelerate(model, attention=choice)
-    assert not list(swap.swapped(model))
-
-
-@pytest.mark.parametrize("choice", ["int8", "fp8", {"window": WINDOW, "precision": "int8"}])
-def test_a_precision_is_what_the_op_has(choice):
-    """Refused by name as long as the op refuses it, and not longer."""
-    precision = choose(choice).base.precision
-    q = torch.randn(1, 90, 2, 16)
-    try:
-        pv.spacetime_attention(q, q, q, grid=GRID, precision=precision)
-    except UnsupportedError:
-        with pytest.raises(UnsupportedError, match=f"accelerate: attention '{precision}': spacetime_attention"):
-            pv.accelerate(tiny(), attention=choice)
-    else:
-        report = pv.accelerate(tiny(), attention=choice, strict=True)
-        assert precision in report.to_dict()["modules"]["blocks.0.attn1"]["attention"]
-
-
-def test_spellings_say_the_same():
-    assert choose("none") is None and choose(None) is None
-    assert choose("dense").base == DENSE and choose("dense") == choose({"precision": "native"})
-    pairs = [
-        ("window=9x15x26,stride=1x3x1,dense_steps=0.1,dense_layers=0-1+29",
-         {"window": [9, 15, 26], "stride": (1, 3, 1), "dense_steps": 0.1, "dense_layers": {0, 1, 29}}),
-        ("window=1x2x3/4x5x0.5,dense_layers=2", {"window": [[1, 2, 3], [4, 5, 0.5]], "dense_layers": [0, 1]}),
-        ("int8,dense_layers=1", {"precision": "int8", "dense_layers": (0,)}),
-        ("share=0.9,tile=4x8x4", {"share": 0.9, "tile": [4, 8, 4]}),
-    ]  # fmt: skip
-    for text, mapping in pairs:
-        choice = choose(text)
-        assert choice == choose(mapping) == choose(choice) == choose(choice.to_dict()), text
-    layers = choose({"window": (1, 2, 3), "layers": {"2-3+7": "dense", (4, 5): {"top_k": 0.2}}})
-    assert choose(layers.to_dict()) == layers and str(layers) == (
-        "window 1×2×3; blocks 2-3+7 dense; blocks 4-5 top 0.2 of the tiles of 4×4×4"
-    )

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from ...attention_choice import DENSE_OP, LayerAttention
+from ...attention_choice import LayerAttention
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.rms_norm import rms_norm
 from ...ops.spacetime_attention import spacetime_attention
@@ -187,7 +187,7 @@ def _ours(
 ) -> Tensor:
     """The attention of ``layer`` through our ops."""
     out: Any
-    if layer.op == DENSE_OP:
+    if not layer.tiled:
         window, stride = layer.window_on(grid)
         out = spacetime_attention(
             query, key, value, grid=grid, window=window, stride=stride, precision=layer.precision, impl=impl
@@ -230,11 +230,12 @@ def _serves(
         reason = "the sequence is not the whole grid"
     elif value.dtype != query.dtype or key.dtype != query.dtype:
         reason = "q, k and v of different dtypes"
-    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        if not OPS[op].differentiable:
-            reason = "gradients are wanted and the op has no backward"
-        elif layer.precision != "native":
-            reason = f"gradients are wanted and {layer.precision} has no backward"
+    elif (
+        not OPS[op].differentiable
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
+        reason = "gradients are wanted and the op has no backward"
     if reason is not None:
         fall_back(settings, op, reason)
     return reason is None
