@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .recording import Recorder
     from .schemas import Op
 
-IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa")
+IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash")
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "cpu": ("cpu", "reference"),
@@ -106,6 +106,8 @@ def check_runs_on(op: Op, impl: str, device: torch.device) -> None:
         raise DeviceError(f"{op.name}: impl 'cuda' needs CUDA tensors; got {device}")
     if impl == "cpu" and device.type != "cpu":
         raise DeviceError(f"{op.name}: impl 'cpu' needs CPU tensors; got {device}")
+    if impl == "flash" and device.type != "cuda":
+        raise DeviceError(f"{op.name}: impl 'flash' needs CUDA tensors; got {device}")
 
 
 def run(op: Op, args: tuple[Any, ...]) -> Any:
@@ -132,11 +134,10 @@ def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
         _calls[op.name, impl] += 1
         return result
     reasons = []
-    for candidate in order(op, tensor.device):
+    head_dim = op.head_dim(inputs)
+    for candidate in order(op, tensor.device, tensor.dtype, head_dim):
         try:
-            if verdicts.needs_check(candidate) and not trusted(
-                op, candidate, tensor.device, tensor.dtype, op.head_dim(inputs)
-            ):
+            if verdicts.needs_check(candidate) and not trusted(op, candidate, tensor.device, tensor.dtype, head_dim):
                 reasons.append(f"{candidate}: not verified on this device")
                 continue
             result = load(op, candidate)(*inputs)
@@ -148,15 +149,33 @@ def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
     raise UnsupportedError(f"{op.name}: no implementation can run this call; " + "; ".join(reasons))
 
 
-def order(op: Op, device: torch.device) -> tuple[str, ...]:
-    """Implementations ``auto`` tries on ``device``, first choice first."""
+def order(
+    op: Op, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> tuple[str, ...]:
+    """Implementations ``auto`` tries on ``device``, first choice first.
+
+    ``dtype``, ``head_dim``: of the call, where a measurement may have changed the order for them.
+    """
     choices = op.auto.get(device.type) or AUTO_ORDER.get(device.type, ("reference",))
+    if "flash" in choices and dtype is not None and head_dim is not None:
+        from .ops import attention_libraries
+
+        if attention_libraries.MEASURED:
+            choices = attention_libraries.in_order(choices, arch_of(device), dtype, head_dim)
     return tuple(impl for impl in choices if impl in op.impls)
+
+
+def _require(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+    """What ``impl`` hands over to, empty if it is ours; raises UnsupportedError where that does not serve this."""
+    if impl != "flash":
+        return ""
+    from .ops import attention_libraries
+
+    return attention_libraries.label(attention_libraries.library_for(device, dtype, head_dim))
 
 
 _WHAT = {
     "reference": "eager PyTorch",
-    "sdpa": "PyTorch's scaled_dot_product_attention",
     "cpu": "C++, in the compiled extension",
 }
 
@@ -166,11 +185,19 @@ def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
     rows = []
     for impl in order(op, device):
         try:
+            library = _require(impl, device, dtype, None)
             load(op, impl)
         except UnsupportedError as error:
             rows.append((impl, False, str(error)))
             continue
-        if not verdicts.needs_check(impl):
+        if impl == "sdpa":
+            from .ops import attention_libraries
+
+            rows.append((impl, True, attention_libraries.describe_sdpa(device, dtype)))
+        elif library:
+            usable, why = _standing(op, impl, device, dtype)
+            rows.append((impl, usable, f"{library}, {why}"))
+        elif not verdicts.needs_check(impl):
             rows.append((impl, True, _WHAT.get(impl, "built")))
         elif device.type == "cpu":
             rows.append((impl, True, "tested on this architecture"))
@@ -244,6 +271,7 @@ def trusted(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_di
     verdict = _verdicts.get(settled)
     if verdict is not None:
         return verdict
+    _require(impl, device, dtype, head_dim)
     load(op, impl)  # raises where there is nothing to verify, and imports the compiler whose version the key has
     arch = arch_of(device)
     with _lock:
@@ -307,7 +335,9 @@ def self_check(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head
     from .testing.compare import Mismatch, check_op
 
     try:
-        check_op(op, impl, device, dtype, head_dim=head_dim)
+        # A library must be right in what it takes; ours must take every sample.
+        options: dict[str, Any] = {"partial": True} if impl in verdicts.LIBRARIES else {}
+        check_op(op, impl, device, dtype, head_dim=head_dim, **options)
     except Mismatch as error:
         _warn_failed(op, impl, device, error)
         return False

@@ -245,9 +245,13 @@ _ROWS: tuple[Op, ...] = (
         "SymInt text_len, str text_side, Tensor? kv_lens, float scale, bool return_lse, str precision, str impl) "
         "-> (Tensor, Tensor)",
         _spacetime_attention,
-        _impls("spacetime_attention", "triton", "sdpa"),
-        # Dense attention is handed to the library's kernel until ours is measured to be faster on a card.
-        auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+        {
+            **_impls("spacetime_attention", "triton", "sdpa"),
+            "flash": "pyvideo_kernels.ops.attention_libraries:spacetime_attention_flash",
+        },
+        # Dense attention is handed to a library's kernel until ours is measured to be faster on a card
+        # (attention_libraries.MEASURED).
+        auto={"cuda": ("flash", "sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
         differentiable=("q", "k", "v"),
         saves_outputs=True,
         heads="q",

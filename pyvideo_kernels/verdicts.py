@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 VERIFIED = Path(__file__).with_name("verified.json")
 
+LIBRARIES = ("flash",)
+"""Implementations that are another project's binary; each takes only a part of what its op does."""
+
 _PACKAGE = "pyvideo_kernels"
 # Followed: what a kernel is made of. Read, but not followed: the functions it borrows from there.
 _FOLLOWED = (f"{_PACKAGE}.kernels", f"{_PACKAGE}.configs")
@@ -87,7 +90,11 @@ def _digest(name: str, impl: str, module: str) -> str:
 
 
 def digest(op: Op, impl: str) -> str:
-    """Digest of what ``impl`` of this op is made of: its Triton sources and configurations, or the extension."""
+    """Digest of what ``impl`` is made of here: the op's Triton sources and configurations, the extension, a library."""
+    if impl in LIBRARIES:
+        from .ops import attention_libraries
+
+        return attention_libraries.digest()
     return _digest(op.name, impl, op.impls[impl].partition(":")[0])
 
 
@@ -246,7 +253,8 @@ def commit(path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[st
         op, impl = OPS.get(row["op"]), row["impl"]
         if op is None or impl not in op.impls:
             raise ValueOptionError(f"commit: `rows` must be of ops of this package; got {row['op']!r}, impl {impl!r}")
-        if not needs_check(impl):
+        # A library's verdict is about the version that is installed here, and every machine makes its own.
+        if not needs_check(impl) or impl in LIBRARIES:
             continue
         name = name_of(op, impl, row["dtype"], row.get("head_dim"))
         if row["digest"] != digest(op, impl):
@@ -264,11 +272,11 @@ def commit(path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[st
 
 
 def needs_check(impl: str) -> bool:
-    """Whether ``impl`` is a kernel of ours for a GPU.
+    """Whether ``impl`` is a kernel for a GPU that is right only once it was seen to be on that card.
 
-    The oracle and the library's own attention are not ours to verify; CPU code is covered by the test suite.
+    The oracle and PyTorch's own attention are not ours to verify; CPU code is covered by the test suite.
     """
-    return impl in ("triton", "cuda")
+    return impl in ("triton", "cuda", *LIBRARIES)
 
 
 def head_dims_known(op: Op, impl: str, arch: str, dtype: torch.dtype) -> dict[int | None, bool]:

@@ -49,7 +49,7 @@ def check(names: Iterable[str], device: torch.device, dtype: torch.dtype, head_d
     for name in names:
         op = OPS[name]
         size = head_dim if op.heads is not None else None
-        for impl in dispatch.order(op, device):
+        for impl in dispatch.order(op, device, dtype, size):
             out.append(_one(name, impl, device, dtype, size))
             if out[-1].trusted:
                 break
@@ -161,7 +161,7 @@ def warm_ops(
         sizes = sorted({op.head_dim(args) or 0 for args in bound}) if bound else list(dispatch.HEAD_DIMS)
         for size in sizes if op.heads is not None else [None]:
             # Calls of an op by itself may have what the first choice cannot do, so the others are checked too.
-            out += [_one(name, impl, where, dtype, size) for impl in dispatch.order(op, where)]
+            out += [_one(name, impl, where, dtype, size) for impl in dispatch.order(op, where, dtype, size)]
         for args in bound:
             with torch.no_grad():
                 getattr(torch.ops.pyvideo, name)(*args, "auto")

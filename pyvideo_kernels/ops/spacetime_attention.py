@@ -182,9 +182,13 @@ def spacetime_attention_sdpa(
     lse = q.new_empty((0,), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if q.numel() == 0:
         return q.new_empty(q.shape), lse
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options
-    )
+    by_heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    if q.device.type == "cuda":
+        from .attention_libraries import dense_sdpa
+
+        out = dense_sdpa(*by_heads, scale)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(*by_heads, **options)
     # The flash kernels write [B, S, heads, D] order, so this copies only what another backend laid out otherwise.
     return out.transpose(1, 2).contiguous(), lse
 

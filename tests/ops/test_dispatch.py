@@ -70,7 +70,7 @@ def test_each_dtype_and_each_head_dim_has_its_own_check(card):
     assert _trusted("spacetime_attention", head_dim=64) and not _trusted("spacetime_attention", head_dim=128)
     assert [head_dim for *_, head_dim in card.checks] == [None, None, 64, 128]
     known = dispatch.explain(OPS["spacetime_attention"], CARD)
-    assert known[1] == ("triton", True, "self-check failed on this card for head_dim 128, passed for head_dim 64")
+    assert known[2] == ("triton", True, "self-check failed on this card for head_dim 128, passed for head_dim 64")
 
 
 def test_head_dim_is_read_from_the_call():
