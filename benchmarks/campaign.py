@@ -95,7 +95,7 @@ class Campaign:
             if self.runs[each.name] < 2 and not each.missing():
                 status = self.state.status(each, keep=self.keep)
                 tried = self.runs[each.name] and status in ("left", "failed")
-                if status in ranked and not tried and self.state.attempts(each.name) < ATTEMPTS:
+                if status in ranked and not tried and self.state.attempts(each) < ATTEMPTS:
                     ranked[status].append(each)
         fits = (s for status in ranked for s in ranked[status] if self.state.least(s) <= self.left - RESERVE)
         return next(fits, None)

@@ -82,9 +82,10 @@ class State:
             return "left"
         return "done" if current or keep else "stale"
 
-    def attempts(self, name: str) -> int:
+    def attempts(self, each: Slice) -> int:
         """How often it failed with the present sources."""
-        return int(self.slices.get(name, {}).get("attempts", 0))
+        entry = self.slices.get(each.name, {})
+        return int(entry.get("attempts", 0)) if entry.get("key") == each.key(self.where) else 0
 
     def estimate(self, each: Slice) -> float:
         """Seconds it will take: what it took here, else the plan's guess."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyvideo_kernels import verdicts
 from pyvideo_kernels.schemas import OPS
+
+if TYPE_CHECKING:
+    from .launches import Compiler
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "ops"
 # Test files beyond an op's own.
@@ -78,12 +84,53 @@ def message(report: Any) -> str:
     return " ".join(str(crash.message if crash else report.longrepr).split())[:300]
 
 
+def compile_ahead(op: str, device: torch.device, seconds: float = 90.0, workers: int | None = None) -> int:
+    """Have every sample of an op compiled by all cores, into Triton's disk cache; how many launches were.
+
+    The canaries and the tests launch some hundred variants of an attention. Compiled one by one as they are launched,
+    they take minutes of the card's time. What does not compile here says so where it is launched.
+
+    Args:
+        seconds: after so many the rest is left to the launches.
+        workers: processes that compile; None: one a core but one.
+    """
+    from pyvideo_kernels import dispatch, verify
+
+    from .launches import Job, samples_of
+
+    arch = dispatch.arch_of(device)
+    jobs = [
+        Job(launch, arch)
+        for name in names_of(op)
+        if "triton" in OPS[name].impls
+        for dtype in verify.DTYPES
+        for head_dim in ((*dispatch.HEAD_DIMS, None) if OPS[name].heads is not None else (None,))
+        for launch in samples_of(name, dtype, head_dim)
+    ]
+    compiler = _compiler((os.cpu_count() or 2) - 1 if workers is None else workers)
+    return len(compiler.compile(jobs, time.monotonic() + seconds))
+
+
+@functools.cache
+def _compiler(workers: int) -> Compiler:
+    """One for all ops that this process checks: its workers take longer to start than a small op to compile."""
+    from .launches import Compiler
+
+    return Compiler(workers)
+
+
+def names_of(op: str) -> list[str]:
+    """An op, its in-place twin and their backwards."""
+    return [name for name in OPS if name.removesuffix("_backward").rstrip("_") == op]
+
+
 def canary_rows(op: str, device: torch.device) -> list[dict[str, Any]]:
     """`verify.canaries` of an op, its twin and their backwards; off a card, of what runs there in a moment."""
     from pyvideo_kernels import dispatch, verify
 
-    names = [name for name in OPS if name.removesuffix("_backward").rstrip("_") == op]
+    names = names_of(op)
     if device.type == "cuda":
+        compile_ahead(op, device)
         return [row.as_dict() for row in verify.canaries(device, ops=names)]
     heads = dispatch.HEAD_DIMS[:1]
     return [

@@ -31,7 +31,7 @@ from pyvideo_kernels.testing.compare import move, samples
 
 from .registry import ENTRIES, weight_of
 
-_SAMPLE = "sample "
+_SAMPLE, _HEAD_DIM = "sample ", " of head_dim "
 META = torch.device("meta")
 
 
@@ -41,7 +41,7 @@ class Launch:
 
     Args:
         op: name in ``schemas.OPS``, backward ops too.
-        shape: a GPU shape of the registry, or ``"sample N"`` of the oracle's own.
+        shape: a GPU shape of the registry, or ``"sample N"`` of the oracle's own, ``"sample N of head_dim D"``.
         dtype: ``"bfloat16"``, …
     """
 
@@ -56,7 +56,8 @@ class Launch:
         """Random arguments in schema order, without ``impl``."""
         dtype, op = getattr(torch, self.dtype), OPS[self.op]
         if self.shape.startswith(_SAMPLE):
-            found = list(samples(op, dtype))[int(self.shape.removeprefix(_SAMPLE))]
+            index, _, head_dim = self.shape.removeprefix(_SAMPLE).partition(_HEAD_DIM)
+            found = list(samples(op, dtype, head_dim=int(head_dim) if head_dim else None))[int(index)]
             return tuple(move(value, device) for value in op.bind(**found))
         entry = ENTRIES[self.op.removesuffix("_backward")]
         if self.shape not in entry.gpu:
@@ -116,10 +117,13 @@ def _with_gradients(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return grads, *args, needs
 
 
-def samples_of(op: str, dtype: torch.dtype) -> list[Launch]:
-    """The oracle's own samples of an op, as launches."""
+def samples_of(op: str, dtype: torch.dtype, head_dim: int | None = None) -> list[Launch]:
+    """The oracle's own samples of an op, as launches; ``head_dim`` as for `samples`."""
     name = str(dtype).removeprefix("torch.")
-    return [Launch(op, f"{_SAMPLE}{index}", name) for index, _ in enumerate(samples(OPS[op], dtype))]
+    of = f"{_HEAD_DIM}{head_dim}" if head_dim is not None else ""
+    return [
+        Launch(op, f"{_SAMPLE}{index}{of}", name) for index, _ in enumerate(samples(OPS[op], dtype, head_dim=head_dim))
+    ]
 
 
 def launches_of(op: str, device: torch.device, dtype: torch.dtype) -> list[Launch]:

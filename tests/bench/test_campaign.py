@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyvideo_kernels import collect_env
-from pyvideo_kernels.benchmarks import campaign, campaign_state, correctness, numbers, results, slices
+from pyvideo_kernels import collect_env, dispatch
+from pyvideo_kernels.benchmarks import campaign, campaign_state, correctness, launches, numbers, results, slices
 from pyvideo_kernels.benchmarks.campaign_state import State
 from pyvideo_kernels.benchmarks.registry import ENTRIES
 from pyvideo_kernels.benchmarks.slices import Slice
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import ValueOptionError
 from pyvideo_kernels.schemas import OPS
+from pyvideo_kernels.testing.compare import samples
 
+CPU = torch.device("cpu")
 ROOT = numbers.ROOT
 HERE = "tests.bench.campaign_slices"
 WHERE = {"device": "cpu", "torch": "x"}
@@ -129,10 +131,21 @@ def test_a_crash_takes_nothing_else_down(tmp_path):
     assert pids[0] != pids[1]  # nothing runs in a process in which something has failed
 
     again = walk(plan, tmp_path)  # tried once more, and no more than that
-    assert again.attempts("exits") == 2
+    assert again.attempts(plan[1]) == 2
     before = again.path.read_text()
     walk(plan, tmp_path)
     assert json.loads(before) == json.loads(again.path.read_text())
+
+
+def test_what_failed_with_other_sources_is_tried_again(tmp_path):
+    source = tmp_path / "source.py"
+    source.write_text("broken")
+    plan = [piece("a", "exits", files=(source,))]
+    for attempts in (1, 2, 2):
+        assert walk(plan, tmp_path / "out").attempts(plan[0]) == attempts
+    source.write_text("mended")
+    state = walk([piece("a", files=(source,))], tmp_path / "out")
+    assert statuses(state) == {"a": "done"} and state.attempts(plan[0]) == 0
 
 
 def test_a_slice_that_fails_leaves_no_result(tmp_path):
@@ -327,6 +340,26 @@ def test_the_card_is_named_by_what_collect_env_says(monkeypatch):
 
 
 # Correctness rows ----------------------------------------------------------------------------------------------
+
+
+def test_samples_are_compiled_ahead_in_every_dtype_and_head_dim(monkeypatch):
+    asked = []
+
+    class Recorder:
+        def compile(self, jobs, until):
+            asked.extend(jobs)
+            return dict.fromkeys(jobs)
+
+    monkeypatch.setattr(correctness, "_compiler", lambda workers: Recorder())
+    assert correctness.compile_ahead("spacetime_attention", CPU) == len(asked) == len(set(asked))
+    forward = [job.launch for job in asked if job.launch.op == "spacetime_attention"]
+    assert {launch.dtype for launch in forward} == {"bfloat16", "float16", "float32"}
+    for head_dim in dispatch.HEAD_DIMS:
+        of = [launch for launch in forward if launch.shape.endswith(f"of head_dim {head_dim}")]
+        assert len(of) == 3 * len(list(samples(OPS["spacetime_attention"], torch.float32, head_dim=head_dim)))
+        assert all(launch.args(launches.META)[0].shape[-1] == head_dim for launch in of[:2])
+    assert any("head_dim" not in launch.shape for launch in forward)  # those of the test file
+    assert "spacetime_attention_backward" in {job.launch.op for job in asked}
 
 
 def test_red_tests_speak_against_the_record():
