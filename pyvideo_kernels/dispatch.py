@@ -169,9 +169,9 @@ def _require(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int 
     """What ``impl`` hands over to, empty if it is ours; raises UnsupportedError where that does not serve this."""
     if impl != "flash":
         return ""
-    from .ops import attention_libraries
+    from .ops import flash_attention
 
-    return attention_libraries.label(attention_libraries.library_for(device, dtype, head_dim))
+    return flash_attention.label(flash_attention.library_for(device, dtype, head_dim))
 
 
 _WHAT = {
@@ -181,11 +181,15 @@ _WHAT = {
 
 
 def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, bool, str]]:
-    """For each implementation in ``auto``'s order: would it be bound on ``device``, and why or why not."""
+    """For each implementation in ``auto``'s order: would it be bound on ``device``, and why or why not.
+
+    Attention is judged at the larger head_dim of those that models have.
+    """
     rows = []
-    for impl in order(op, device):
+    head_dim = None if op.heads is None else HEAD_DIMS[-1]
+    for impl in order(op, device, dtype, head_dim):
         try:
-            library = _require(impl, device, dtype, None)
+            library = _require(impl, device, dtype, head_dim)
             load(op, impl)
         except UnsupportedError as error:
             rows.append((impl, False, str(error)))

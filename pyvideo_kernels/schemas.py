@@ -247,7 +247,7 @@ _ROWS: tuple[Op, ...] = (
         _spacetime_attention,
         {
             **_impls("spacetime_attention", "triton", "sdpa"),
-            "flash": "pyvideo_kernels.ops.attention_libraries:spacetime_attention_flash",
+            "flash": "pyvideo_kernels.ops.flash_attention:spacetime_attention_flash",
         },
         # Dense attention is handed to a library's kernel until ours is measured to be faster on a card
         # (attention_libraries.MEASURED).

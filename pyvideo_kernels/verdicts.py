@@ -92,9 +92,9 @@ def _digest(name: str, impl: str, module: str) -> str:
 def digest(op: Op, impl: str) -> str:
     """Digest of what ``impl`` is made of here: the op's Triton sources and configurations, the extension, a library."""
     if impl in LIBRARIES:
-        from .ops import attention_libraries
+        from .ops import flash_attention
 
-        return attention_libraries.digest()
+        return flash_attention.digest()
     return _digest(op.name, impl, op.impls[impl].partition(":")[0])
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import re
 from typing import Any
 
 from .. import dispatch
+from ..attention_choice import ranges
+from ..ops import attention_libraries
 from .swap import Plan, Settings, Swap, fallbacks, seen
 
 
@@ -38,6 +41,11 @@ class Report:
                 out.setdefault(op, {})[impl] = new
         return out
 
+    def attention_kernels(self) -> list[str]:
+        """The library kernels behind the dense attention in ``calls()``: ``cuDNN 9.15.1, ... (bfloat16, ...)``."""
+        ran = self.calls().get(attention_libraries.OP, {})
+        return attention_libraries.served(tuple(ran)) if ran else []
+
     def fallbacks(self) -> dict[str, dict[str, int]]:
         """op -> reason -> how often a call went to the stock code instead, in this target."""
         return fallbacks(self._settings)
@@ -63,6 +71,7 @@ class Report:
             "modules": modules,
             "kept": dict(self._plan.kept),
             "calls": self.calls(),
+            "attention_kernels": self.attention_kernels(),
             "fallbacks": self.fallbacks(),
         }
 
@@ -74,7 +83,11 @@ class Report:
             groups.setdefault((_pattern(swap.path), "runs", what), []).append(swap.path)
         for left in self._plan.left:
             groups.setdefault((_pattern(left.path), "left", f"{left.op}: {left.reason}"), []).append(left.path)
-        out = [(_label(pattern, paths), state, what) for (pattern, state, what), paths in groups.items()]
+        alike = collections.Counter(pattern for pattern, _, _ in groups)
+        out = [
+            (_label(pattern if alike[pattern] == 1 else _of_blocks(pattern, paths), paths), state, what)
+            for (pattern, state, what), paths in groups.items()
+        ]
         return out + [(path, "stock", reason) for path, reason in self._plan.kept]
 
     def _attention(self, swap: Swap) -> str:
@@ -88,6 +101,7 @@ class Report:
         lines = []
         for op, impls in self.calls().items():
             lines.append(f"{op}: " + ", ".join(f"{impl} {count}" for impl, count in impls.items()))
+        lines += [f"{attention_libraries.OP}: {kernel}" for kernel in self.attention_kernels()]
         for op, reasons in self.fallbacks().items():
             lines.append(f"{op}: fell back " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
         return lines
@@ -132,6 +146,12 @@ class Report:
 
 def _pattern(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _of_blocks(pattern: str, paths: list[str]) -> str:
+    """The pattern with the numbers of its blocks, where other blocks do something else."""
+    numbers = {int(match[1]) for path in paths if (match := re.search(r"\.(\d+)(?=\.|$)", path))}
+    return pattern.replace(".*", f".{ranges(numbers)}", 1) if numbers else pattern
 
 
 def _label(pattern: str, paths: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..known_bad import BROKEN, SLOW, WRONG
@@ -34,12 +34,40 @@ def facts() -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "self_check": {"record": str(verdicts.record_path()), "verdicts": _verdicts(device)},
         "tuned": tuned.describe(target.gpu, str(target)) if target.gpu else "tables are for GPUs; rules choose",
+        "dense_attention": _dense_attention(device),
         "ops": ops,
     }
     broken = [f"{name}: no implementation can be had" for name, op in ops.items() if op["binds"] == "none"]
     if "does not load" in _native.why_not():
         broken.append(f"{_native.why_not()}; reinstall pyvideo-kernels")
     return found | {"broken": broken}
+
+
+def _dense_attention(device: torch.device) -> list[dict[str, str]]:
+    """For each card and dtype: which implementation serves dense attention, by which kernel, and why that one."""
+    import torch
+
+    from ..ops import attention_libraries
+    from . import kernels
+
+    cards = [device]
+    if device.type == "cuda":
+        cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    rows = []
+    for card in cards:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            bound, walk = kernels.binding(attention_libraries.OP, card, dtype)
+            why = next((reason for impl, _, reason in walk if impl == bound), "")
+            measured = attention_libraries.source(card, dtype, bound)
+            rows.append(
+                {
+                    "device": str(card),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "impl": bound,
+                    "why": f"{why}; fastest in {measured}" if measured else why,
+                }
+            )
+    return rows
 
 
 def _verdicts(device: torch.device) -> dict[str, bool]:
@@ -83,8 +111,21 @@ def _rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     said = f"{len(found) - len(failed)} passed, {len(failed)} failed" if found else "none made so far on this device"
     rows = [*collect_env.rows(data), ("tuned tiles", data["tuned"])]
     rows.append(("self-checks", f"{said}; kept in {data['self_check']['record']}"))
+    rows += _attention_rows(data["dense_attention"])
     rows += [("self-check FAILED", f"{name}: auto does not run it here") for name in failed]
     return rows + [("BROKEN", sentence) for sentence in data["broken"]]
+
+
+def _attention_rows(found: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """A row a card; dtypes that the same kernel serves are named together."""
+    cards: dict[str, dict[str, list[str]]] = {}
+    for row in found:
+        kernel = f"{row['impl']} ({row['why']})"
+        cards.setdefault(row["device"], {}).setdefault(kernel, []).append(row["dtype"])
+    return [
+        (f"dense attention, {device}", "; ".join(f"{', '.join(dtypes)}: {kernel}" for kernel, dtypes in by.items()))
+        for device, by in cards.items()
+    ]
 
 
 def _why(name: str, op: Mapping[str, Any]) -> str:
