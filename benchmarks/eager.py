@@ -122,13 +122,13 @@ def block_sparse_attention(
     listed = torch.arange(block_indices.shape[-1], device=q.device) < block_counts[..., None]
     seen = torch.zeros(*block_counts.shape, block_counts.shape[-1], dtype=torch.bool, device=q.device)
     seen = seen.scatter(-1, block_indices.long(), listed)
-    heads = [
-        F.scaled_dot_product_attention(
-            *(x[:, :, head : head + 1].transpose(1, 2) for x in (q, k, v)), seen[:, head, block][:, None, :, block]
-        )
-        for head in range(q.shape[2])
-    ]
-    return torch.cat(heads, 1).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    outs = []
+    for head in range(q.shape[1]):
+        one = slice(head, head + 1)
+        mask = seen[:, one, block][..., block]
+        outs.append(F.scaled_dot_product_attention(q[:, one], k[:, one], v[:, one], mask))
+    return torch.cat(outs, 1).transpose(1, 2)
 
 
 def rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:

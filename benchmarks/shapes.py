@@ -93,7 +93,7 @@ ATTENTION_GPU: Shapes = {
 }
 ATTENTION_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128}}
 
-# Blocks of 64 tokens, boxes as in VSA, and of 128; each list holds so many blocks that ``sparsity`` of all are left out.
+# Blocks of 64 tokens, boxes as in VSA, and of 128; lists hold so many that ``sparsity`` of all blocks are left out.
 _WAN_1B_HEADS = {"grid": WAN_480P, "heads": 12, "head_dim": 128}
 _HUNYUAN_HEADS = {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128}
 SPARSE_GPU: Shapes = {

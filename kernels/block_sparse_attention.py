@@ -1,4 +1,4 @@
-"""Attention of blocks of queries over listed blocks of keys; blocks are boxes of the (T, H, W) grid, or runs of a sequence.
+"""Attention of blocks of queries over listed blocks of keys: boxes of the (T, H, W) grid, or runs of a sequence.
 
 A program holds one block of queries and walks the list of its (batch, head, block), which was made on the device.
 Blocks are addressed where they lie in the plain ``[B, S, heads, D]`` layout: nothing is permuted, and a ragged block at
@@ -39,7 +39,8 @@ def _block_sparse_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, index_ptr, count_ptr, lens_ptr, coarse_ptr, gate_ptr, k_desc, v_desc,
     s, heads, group, t, h, w, tiles_h, tiles_w, blocks, listed, scale, scale_log2,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h,
-    D: tl.constexpr, UNIT: tl.constexpr, LENS: tl.constexpr, GATED: tl.constexpr, G_D: tl.constexpr, HAS_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, FLAT: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, LENS: tl.constexpr, GATED: tl.constexpr, G_D: tl.constexpr,
+    HAS_LSE: tl.constexpr, DESCRIPTORS: tl.constexpr, FLAT: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -67,9 +68,7 @@ def _block_sparse_attention_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     col_mask = cols < D
     q_tile = q_ptr + batch * q_b + first * q_s + head.to(tl.int64) * q_h
-    q = tl.load(
-        q_tile + local[:, None] * q_s + cols[None, :], mask=valid[:, None] & col_mask[None, :], other=0.0
-    )
+    q = tl.load(q_tile + local[:, None] * q_s + cols[None, :], mask=valid[:, None] & col_mask[None, :], other=0.0)
     k_head = k_ptr + batch * k_b + kv_head.to(tl.int64) * k_h
     v_head = v_ptr + batch * v_b + kv_head.to(tl.int64) * v_h
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)

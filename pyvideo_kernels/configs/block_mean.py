@@ -53,7 +53,5 @@ def illegal(config: MeanConfig, arch: str, *, head_dim: int, itemsize: int, toke
 
 
 @select.neighbourhood
-def candidates(
-    arch: str, rule: MeanConfig, *, head_dim: int, itemsize: int, tokens: int
-) -> Iterator[MeanConfig]:
+def candidates(arch: str, rule: MeanConfig, *, head_dim: int, itemsize: int, tokens: int) -> Iterator[MeanConfig]:
     return combinations(rule, rows=around(rule.rows, steps=2), num_warps=around(rule.num_warps, steps=2))

@@ -66,8 +66,8 @@ def video_sparse_attention(
         UnsupportedError: inputs that require grad, or what this implementation has not.
     Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic S and grid. head_dim ≤ 256 in Triton.
         Scratch: scores of ``[B, heads, tiles, tiles]`` in fp32.
-    Numerics: means, scores and choice in fp32, the sum with the gate rounded once; error ≤ 2 × eager's own against float64, for the same choice.
-        Deterministic: yes.
+    Numerics: means, scores and choice in fp32, the sum with the gate rounded once; error ≤ 2 × eager's own against
+        float64, for the same choice. Deterministic: yes.
     Source: Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv:2505.13389.
     """
     check_heads(_OP, q, k, v)
@@ -104,9 +104,7 @@ def video_sparse_attention(
         assert share is not None
         indices, counts = tiles_with_share(scores, tile_sizes(sizes, sides, q.device), share)
     coarse = None if gate is None else mix(scores, ops.block_mean(v, sizes, sides, impl))
-    out, _ = ops.block_sparse_attention(
-        q, k, v, indices, counts, sizes, sides, None, coarse, gate, scale, False, impl
-    )
+    out, _ = ops.block_sparse_attention(q, k, v, indices, counts, sizes, sides, None, coarse, gate, scale, False, impl)
     return (out, indices, counts) if return_selection else out
 
 

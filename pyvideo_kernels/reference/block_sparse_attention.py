@@ -53,8 +53,8 @@ def block_sparse_attention(
             some = (seen > 0).any(0).nonzero().squeeze(1)
             if not len(some):
                 continue
-            weight = seen[:, some][:, None]
-            scores = torch.matmul(up(q[i, mine], dtype).transpose(0, 1), keys[:, :, some]) * scale  # [heads, rows, keys]
+            weight = seen[:, some][:, None]  # [heads, 1, keys]
+            scores = torch.matmul(up(q[i, mine], dtype).transpose(0, 1), keys[:, :, some]) * scale
             scores = torch.where(weight > 0, scores + weight.clamp(min=1).log(), -math.inf)
             top = scores.amax(-1, keepdim=True)
             part = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
@@ -100,8 +100,8 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
     coarse = randn(2, 4, 3, dim(16), dtype=torch.float64 if dtype == torch.float64 else torch.float32, g=g)
     for shape in ((2, 150, 4, dim(16)), (1, 1, 4, 1)):
         gate = randn(*shape, dtype=dtype, g=g)
-        yield {"q": q, "k": k, "v": v, **lists(2, 4, 3, 3, (2, 0)),
-               **sized(dim(16), grid=(1, 1, 150), tile=(1, 1, 64), coarse=coarse, gate=gate, return_lse=False)}  # fmt: skip
+        flat = sized(dim(16), grid=(1, 1, 150), tile=(1, 1, 64), coarse=coarse, gate=gate, return_lse=False)
+        yield {"q": q, "k": k, "v": v, **lists(2, 4, 3, 3, (2, 0)), **flat}
     # Boxes of 128 tokens with the middle one padded; logits to about ±60; a head dim that fills no block.
     q = randn(1, 3 * 4 * 8, 1, dim(40), dtype=dtype, g=g, scale=16.0)
     k, v = (randn(1, 3 * 4 * 8, 1, dim(40), dtype=dtype, g=g) for _ in range(2))

@@ -43,7 +43,8 @@ def test_is_the_mean_of_the_tokens_in_each_box(impl, grid, tile):
     got = pv.block_mean(x.to(helpers.DEVICE), grid=grid, tile=tile, impl=impl).cpu()
     assert got.dtype == torch.float32 and got.is_contiguous()
     # The order of a sum is nobody's fault.
-    assert_close(got, means(x.double()), means(x), summed=means(x.double().abs()) * (tile[0] * tile[1] * tile[2]) ** 0.5)
+    summed = means(x.double().abs()) * (tile[0] * tile[1] * tile[2]) ** 0.5
+    assert_close(got, means(x.double()), means(x), summed=summed)
 
 
 def test_halves_are_summed_in_fp32():
