@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ def block_mean(x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> Tensor:
         video = video.unflatten(axis, (-1, tile[axis - 1]))
     sums = video.sum((2, 4, 6)).flatten(1, 3)  # [B, boxes, heads, D]
     return (sums / tile_sizes(grid, tile, x.device)[:, None, None]).transpose(1, 2).contiguous()
+
+
+def summed(x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> dict[int, Tensor]:
+    """√terms Σ|x| / n of each mean."""
+    return {0: block_mean(x.abs(), grid, tile) * math.prod(tile) ** 0.5}
 
 
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:

@@ -67,6 +67,36 @@ def block_sparse_attention(
     return out.to(q.dtype), lse if return_lse else lse.new_empty((0,))
 
 
+def summed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    grid: Sequence[int],
+    tile: Sequence[int],
+    kv_block_lens: Tensor | None,
+    coarse: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> dict[int, Tensor]:
+    """√terms Σ|a b| of the sums of products behind each element, as that of spacetime_attention."""
+    lists = (block_indices, block_counts, grid, tile, kv_block_lens)
+    mixed, _ = block_sparse_attention(q, k, v.abs(), *lists, None, None, scale, False)
+    b, s, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    scores = q.new_zeros((b, heads, s))
+    for i in range(b):
+        for head in range(heads):
+            keys = k[i, :, head // group].abs().T
+            for rows in torch.arange(s, device=q.device).split(max(1, (1 << 24) // s)):
+                scores[i, head, rows] = (q[i, rows, head].abs() @ keys).amax(-1)
+    scores = scores * scale * head_dim**0.5
+    out = {0: (2 * scores.transpose(1, 2).unsqueeze(-1) + s**0.5) * mixed}
+    return out | ({1: scores} if return_lse else {})
+
+
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
     """Boxes with ragged edges, a flat sequence with short blocks, empty lists, grouped heads, packed views.
 

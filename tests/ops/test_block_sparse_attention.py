@@ -9,6 +9,7 @@ from pyvideo_kernels import dispatch
 from pyvideo_kernels.configs import block_sparse_attention as configs
 from pyvideo_kernels.configs import forced_arch
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError
+from pyvideo_kernels.reference import block_sparse_attention as oracle
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, assert_close, check_op, samples
 
@@ -225,6 +226,14 @@ def test_the_samples_see_a_wrong_kernel(change):
     assert check_op(OP, "reference", helpers.DEVICE, torch.float32, call=reference) == 6
     with pytest.raises(Mismatch):
         check_op(OP, "reference", helpers.DEVICE, torch.float32, call=wrong)
+
+
+def test_every_element_has_its_sum_of_products():
+    for kwargs in samples(OP, torch.float64):
+        args = OP.bind(**kwargs)
+        sums, outputs = oracle.summed(*args), oracle.block_sparse_attention(*args)
+        assert all(sums[at].shape == outputs[at].shape and bool((sums[at] >= 0).all()) for at in sums)
+        assert len(sums) == 1 + kwargs["return_lse"]
 
 
 # Configurations and refusals ------------------------------------------------------------------------------------
