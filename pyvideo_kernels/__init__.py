@@ -27,6 +27,7 @@ _EXPORTS = {
     "final_layer": "pyvideo_kernels.ops.final_layer",
     "spacetime_attention": "pyvideo_kernels.ops.spacetime_attention",
     "merge_attention": "pyvideo_kernels.ops.spacetime_attention",
+    "spacetime_attention_cost": "pyvideo_kernels.ops.attention_cost",
     "quantize_qk": "pyvideo_kernels.ops.quantize_qk",
     "int8_attention": "pyvideo_kernels.ops.int8_attention",
     "block_mean": "pyvideo_kernels.ops.block_mean",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .integrations import accelerate as accelerate
     from .integrations import restore as restore
     from .integrations import warmup as warmup
+    from .ops.attention_cost import spacetime_attention_cost as spacetime_attention_cost
     from .ops.block_mean import block_mean as block_mean
     from .ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
     from .ops.causal_conv3d import causal_conv3d as causal_conv3d

@@ -20,6 +20,7 @@ from ..errors import (
     check_tensor,
     refuse_grad,
 )
+from ._checks import check_triple
 
 _OP = "spacetime_attention"
 
@@ -54,9 +55,9 @@ def spacetime_attention(
             KV head ``i // (heads // kv_heads)``.
         grid: tokens in (time, height, width).
         window: keys a video query sees along each axis, ``(wt, wh, ww)`` or one row per head ``[heads, 3]``;
-            None: all (dense). A window larger than the grid means the whole axis. Reference only, so far.
-        stride: queries that share one window along each axis, at most ``window``. Reference only, so far.
-        causal_time: queries see frames up to their own. Reference only, so far.
+            None: all (dense). A window larger than the grid means the whole axis.
+        stride: queries that share one window along each axis, at most ``window``.
+        causal_time: queries see frames up to their own.
         text_len: text tokens in the sequence; video queries see them, and they see everything.
         text_side: ``suffix`` (after the video) or ``prefix``.
         kv_lens: ``[B]`` int32/int64, how many of the text tokens are valid as keys (the first ones), clamped to
@@ -71,8 +72,9 @@ def spacetime_attention(
         zeros and an ``lse`` of -inf.
     Raises:
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
-        UnsupportedError: inputs that require grad, a precision or an option that this implementation has not.
-    Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic S and grid. head_dim ≤ 256 in Triton.
+        UnsupportedError: a precision or an option that this implementation has not.
+    Supports: sm_80+, gfx942+, CPU | fwd, bwd of q, k and v | fullgraph, CUDA graphs, dynamic S and grid. In Triton
+        head_dim ≤ 256, ≤ 128 for the backward; ``sdpa`` is dense and, giving no lse, without a backward.
     Numerics: error ≤ 2 × eager's own against float64. Deterministic: yes.
     Source: Dao, "FlashAttention-2", arXiv:2307.08691; Hassani et al., "Generalized Neighborhood Attention",
         arXiv:2504.16922.
@@ -232,7 +234,7 @@ def check_options(
     kv_lens: Tensor | None,
 ) -> tuple[list[int], list[int] | None, list[int]]:
     """Grid, flat window and stride for the schema, checked against ``q`` (the argument ``name``) with the text."""
-    sizes = _triple(op, "grid", grid, minimum=0)
+    sizes = check_triple(op, "grid", grid, 0)
     if not isinstance(text_len, (int, torch.SymInt)) or text_len < 0:
         bad_option(op, "text_len", "an integer of at least 0", text_len)
     if q.shape[1] != sizes[0] * sizes[1] * sizes[2] + text_len:
@@ -241,8 +243,8 @@ def check_options(
         bad_option(op, "text_side", "'suffix' or 'prefix'", text_side)
     if kv_lens is not None:
         _check_kv_lens(op, kv_lens, q, text_len)
-    strides = _triple(op, "stride", stride, minimum=1)
-    return sizes, _flatten_window(op, window, strides, q.shape[2]), strides
+    sizes, strides, flat_window = check_windows(op, sizes, window, stride, q.shape[2])
+    return sizes, flat_window, strides
 
 
 def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, text_len: int) -> None:
@@ -256,31 +258,25 @@ def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, text_len: int) -> None:
         bad_option(op, "kv_lens", "None without text tokens (it counts the valid ones of text_len)", "a tensor")
 
 
-def _triple(op: str, name: str, value: Sequence[int], minimum: int) -> list[int]:
-    try:
-        items = list(value)
-    except TypeError:
-        items = []
-    if len(items) != 3 or any(
-        isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < minimum for n in items
-    ):
-        bad_option(op, name, f"three integers (time, height, width) of at least {minimum}", value)
-    return items
-
-
-def _flatten_window(op: str, window: Any, stride: Sequence[int], heads: int) -> list[int] | None:
+def check_windows(
+    op: str, grid: Sequence[int], window: Any, stride: Sequence[int], heads: int
+) -> tuple[list[int], list[int], list[int] | None]:
+    """Grid and stride as lists, and the window, or one for each head, as one list of triples (None: dense)."""
+    sides, step = check_triple(op, "grid", grid, 0), check_triple(op, "stride", stride, 1)
     if window is None:
-        if tuple(stride) != (1, 1, 1):
-            bad_option(op, "stride", "(1, 1, 1) without a window", tuple(stride))
-        return None
+        if step != [1, 1, 1]:
+            bad_option(op, "stride", "(1, 1, 1) without a window", tuple(step))
+        return sides, step, None
     if isinstance(window, Tensor):
         window = window.tolist()
+    if not isinstance(window, (list, tuple)):
+        bad_option(op, "window", f"(wt, wh, ww) or one row for each of the {heads} heads", window)
     nested = len(window) > 0 and not isinstance(window[0], (int, torch.SymInt))
     rows = list(window) if nested else [window]
     if nested and len(rows) != heads:
         bad_option(op, "window", f"(wt, wh, ww) or one row for each of the {heads} heads", window)
-    triples = [_triple(op, "window", row, minimum=1) for row in rows]
+    triples = [check_triple(op, "window", row, 1) for row in rows]
     for row in triples:
-        if any(s > w for s, w in zip(stride, row, strict=True)):
-            bad_option(op, "stride", f"at most the window {tuple(row)} along each axis", tuple(stride))
-    return [n for row in triples for n in row]
+        if any(s > w for s, w in zip(step, row, strict=True)):
+            bad_option(op, "stride", f"at most the window {tuple(row)} along each axis", tuple(step))
+    return sides, step, [n for row in triples for n in row]
