@@ -183,6 +183,11 @@ class AttentionChoice:
         """What block ``index`` runs, where the step does not say dense."""
         return self.layers.get(index, self.base)
 
+    @property
+    def exact(self) -> bool:
+        """Whether every layer attends as the model defines it."""
+        return all(layer.dense for layer in (self.base, *self.layers.values()))
+
     def dense_at(self, step: Any, count: Any) -> bool | None:
         """Whether step ``step`` of ``count`` is one of the dense ones; None if that cannot be told."""
         if self.dense_steps == 0:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import dispatch
+from ..attention_text import choose
 from ..error_types import UsageError
 from ..verify import Row, verify_calls
 from .kernels import is_accelerated, op_names
@@ -170,6 +171,12 @@ def verify(settings: Settings, *, pipe: Any = None, reporter: Reporter | None = 
     """
     if settings.offload == "group":
         raise UsageError("verify widens the weights where they are: --offload group streams them, use none or model")
+    choice = choose(settings.attention, "--attention")
+    if choice is not None and not choice.exact:
+        raise UsageError(
+            f"verify holds a clip to what the model computes, and --attention {choice} is meant to differ: use dense, "
+            "or measure what it costs with pyvideo bench e2e"
+        )
     if pipe is not None and is_accelerated(pipe):
         raise UsageError("verify accelerates the pipeline itself, and compares: restore(pipe) first")
     sampler = Sampler(settings, pipe, reporter)

@@ -114,6 +114,13 @@ def test_spellings_say_the_same():
     )
 
 
+def test_verify_is_for_what_the_model_computes():
+    result = CliRunner().invoke(app, ["verify", "--attention", "window=0.5x0.5x0.5"])
+    assert result.exit_code == 2 and "window 0.5×0.5×0.5 is meant to differ: use dense" in result.stderr
+    exact = [choose("dense"), choose({"layers": {0: "dense"}})]
+    assert all(choice.exact for choice in exact) and not choose({"layers": {0: "int8"}}).exact
+
+
 # The command line, files of options, and the benchmarks' variants -----------------------------------------------------
 
 SENTENCE = "a red ball moves left on a black background"

@@ -1,6 +1,7 @@
 """accelerate(attention=...) on Wan: what each layer and step runs, against masks made here, and what is refused."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -348,6 +349,18 @@ def test_guards_fall_back_to_the_models_own_attention_and_are_counted():
     }
 
 
+def test_windows_train():
+    model, arguments = model_of(), inputs()
+    stock = masked(model, [None, mask_of(WINDOW)[None]])
+    report = pv.accelerate(model, attention={"window": WINDOW, "dense_layers": 1}, strict=True)
+    for each in (model, stock):
+        each(**arguments).sample.square().mean().backward()
+    ours, theirs = (dict(each.named_parameters()) for each in (model, stock))
+    for name, parameter in theirs.items():
+        assert (ours[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+    assert sum(report.calls()["spacetime_attention_backward"].values()) == 2
+
+
 def test_tiles_have_no_backward_and_say_so():
     model, arguments = model_of(), inputs()
     report = pv.accelerate(model, attention={"top_k": 1})
@@ -442,7 +455,9 @@ def test_the_report_says_what_each_module_runs():
         "window 3×3×3 of 3×5×6, 70 % sparse; first 2 steps dense"
     )
     plain = report.plain()
-    assert "spacetime_attention; window 3×3×3 of 3×5×6, 70 % sparse" in plain and "spacetime_attention; dense" in plain
+    assert re.search(r"blocks\.0\.attn1 +runs +spacetime_attention; dense;", plain)
+    assert re.search(r"blocks\.1-2\.attn1 \(2\) +runs +spacetime_attention; window 3×3×3 of 3×5×6, 70 % sparse", plain)
+    assert "blocks.*.norm2 (3)" in plain
     report = pv.accelerate(model, attention="top_k=0.3,dense_layers=1-1")
     assert report.to_dict()["modules"]["blocks.0.attn1"]["attention"] == "top 0.3 of the tiles of 4×4×4"
     assert report.to_dict()["attention"] == {"top_k": 0.3, "tile": [4, 4, 4], "dense_layers": [1]}
