@@ -81,10 +81,7 @@ LIBRARIES = (FLASH4, FLASH3)
 @functools.cache
 def find(library: Library) -> Found:
     """Import an installed library; once a process."""
-    try:
-        version: str | None = importlib.metadata.version(library.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        version = None  # a build from source may have left no metadata
+    version = _version(library.distribution)
     missing = Found(None, why_not=f"not installed: {library.install}")
     problems = []
     for name in library.modules:
@@ -101,6 +98,13 @@ def find(library: Library) -> Found:
             continue  # a namespace that another distribution fills
         return Found(version or getattr(module, "__version__", "unknown"), function, "", _lse_option(function))
     return Found(version, why_not="; ".join(problems)) if problems else missing
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # a build from source may have left no metadata
 
 
 def _importable(module: str) -> bool:
