@@ -15,3 +15,6 @@
 #endif
 
 #define PYVIDEO_INLINE inline __attribute__((always_inline))
+
+// After the parameters of a lambda that such a function calls: a lambda too is a function of its own.
+#define PYVIDEO_INLINE_LAMBDA __attribute__((always_inline))

@@ -64,34 +64,34 @@ struct ModulationRow {
   }
 };
 
-// out = (x - mean) * rsqrt(var + eps) * mul + add; two passes over a row that is in cache, so a large mean costs no
-// accuracy.
+// out = (x - mean) * rsqrt(var + eps) * mul + add for a row with that sum; the variance takes a second pass over a row
+// that is in cache, so a large mean costs no accuracy.
 template <class T>
-PYVIDEO_INLINE void layer_norm_row(const float* __restrict x, int64_t n, float eps, const float* __restrict mul,
-                                   const float* __restrict add, T* __restrict out) {
-  const float mean = sum(x, n) / static_cast<float>(n);
+PYVIDEO_INLINE void layer_norm_row(const T* __restrict x, float total, int64_t n, float eps,
+                                   const float* __restrict mul, const float* __restrict add, T* __restrict out) {
+  const float mean = total / static_cast<float>(n);
   const float variance = sum_of_squares(x, mean, n) / static_cast<float>(n);
   const float rstd = 1.0f / std::sqrt(variance + eps);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = from_float<T>((x[i] - mean) * rstd * mul[i] + add[i]);
+    out[i] = from_float<T>((to_float(x[i]) - mean) * rstd * mul[i] + add[i]);
   }
 }
 
 // out = x * factor * weight; a null weight is 1.
-template <class T>
-PYVIDEO_INLINE void scale_row(const float* __restrict x, int64_t n, float factor, const float* __restrict weight,
+template <class X, class T>
+PYVIDEO_INLINE void scale_row(const X* __restrict x, int64_t n, float factor, const float* __restrict weight,
                               T* __restrict out) {
   if (weight == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      out[i] = from_float<T>(x[i] * factor);
+      out[i] = from_float<T>(to_float(x[i]) * factor);
     }
     return;
   }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = from_float<T>(x[i] * factor * weight[i]);
+    out[i] = from_float<T>(to_float(x[i]) * factor * weight[i]);
   }
 }
 

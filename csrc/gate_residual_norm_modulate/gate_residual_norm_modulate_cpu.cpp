@@ -21,16 +21,14 @@ struct Args {
 
 template <class T>
 PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  float* values = scratch;
-  FloatRow gate{scratch + a.width};
-  ModulationRow modulation(scratch + 2 * a.width, a.width);
+  FloatRow gate{scratch};
+  ModulationRow modulation(scratch + a.width, a.width);
   for (int64_t r = begin; r < end; ++r) {
     T* residual = reinterpret_cast<T*>(a.residual) + r * a.width;
-    gate_residual_row<T>(a.x.row(r), a.y, r, gate.get(a.gate, r, a.width), a.width, residual);
     modulation.prepare(a.modulation, r, a.width);
     // The next sub-layer sees the residual stream as stored, so it is normalised as stored.
-    load_row(residual, a.width, values);
-    layer_norm_row(values, a.width, a.eps, modulation.mul, modulation.add,
+    const float total = gate_residual_row<T>(a.x.row(r), a.y, r, gate.get(a.gate, r, a.width), a.width, residual);
+    layer_norm_row(residual, total, a.width, a.eps, modulation.mul, modulation.add,
                    reinterpret_cast<T*>(a.normed) + r * a.width);
   }
 }
@@ -65,7 +63,7 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(Tensor x, Tensor y, std::
   a.residual = static_cast<char*>(residual.mutable_data_ptr());
   a.normed = static_cast<char*>(normed.mutable_data_ptr());
   parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>((2 + ModulationRow::kScratch) * a.width));
+    std::vector<float> scratch(static_cast<size_t>((1 + ModulationRow::kScratch) * a.width));
     (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
   });
   return {residual, normed};

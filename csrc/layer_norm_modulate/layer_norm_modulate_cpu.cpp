@@ -17,12 +17,11 @@ struct Args {
 
 template <class T>
 PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  FloatRow x{scratch};
-  ModulationRow modulation(scratch + a.width, a.width);
+  ModulationRow modulation(scratch, a.width);
   for (int64_t r = begin; r < end; ++r) {
-    x.source = nullptr;
     modulation.prepare(a.modulation, r, a.width);
-    layer_norm_row(x.get(a.x, r, a.width), a.width, a.eps, modulation.mul, modulation.add,
+    const T* x = reinterpret_cast<const T*>(a.x.row(r));
+    layer_norm_row(x, sum(x, a.width), a.width, a.eps, modulation.mul, modulation.add,
                    reinterpret_cast<T*>(a.out) + r * a.width);
   }
 }
@@ -51,7 +50,7 @@ Tensor layer_norm_modulate(Tensor x, std::optional<Tensor> scale, std::optional<
   Tensor out = new_contiguous(x);
   a.out = static_cast<char*>(out.mutable_data_ptr());
   parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>((1 + ModulationRow::kScratch) * a.width));
+    std::vector<float> scratch(static_cast<size_t>(ModulationRow::kScratch * a.width));
     (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
   });
   return out;

@@ -16,23 +16,17 @@ struct Args {
 };
 
 template <class T>
-PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  FloatRow x{scratch};
+PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
-    x.source = nullptr;
-    const float* values = x.get(a.x, r, a.width);
-    const float mean = sum_of_squares(values, 0.0f, a.width) / static_cast<float>(a.width);
-    scale_row(values, a.width, 1.0f / std::sqrt(mean + a.eps), a.weight, reinterpret_cast<T*>(a.out) + r * a.width);
+    const T* x = reinterpret_cast<const T*>(a.x.row(r));
+    const float mean = sum_of_squares(x, 0.0f, a.width) / static_cast<float>(a.width);
+    scale_row(x, a.width, 1.0f / std::sqrt(mean + a.eps), a.weight, reinterpret_cast<T*>(a.out) + r * a.width);
   }
 }
 
-PYVIDEO_CLONES void run_f32(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  body<float>(a, begin, end, scratch);
-}
+PYVIDEO_CLONES void run_f32(const Args& a, int64_t begin, int64_t end) { body<float>(a, begin, end); }
 
-PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  body<bf16>(a, begin, end, scratch);
-}
+PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end) { body<bf16>(a, begin, end); }
 
 Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps) {
   const char* op = "rms_norm";
@@ -45,10 +39,8 @@ Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps) {
   a.eps = static_cast<float>(eps);
   Tensor out = new_contiguous(x);
   a.out = static_cast<char*>(out.mutable_data_ptr());
-  parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(a.width));
-    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
-  });
+  parallel_rows(row_count(shape), a.width,
+                [&](int64_t begin, int64_t end) { (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end); });
   return out;
 }
 

@@ -1,7 +1,6 @@
 // unipc_step on the CPU: every operand is read once and each of the three results written once. The sums are built in
-// short blocks of floats that stay in L1, so that any number of past predictions, each of either dtype, takes one code
+// short blocks of floats that stay in L1, so that any number of past predictions, each of either dtype, takes one
 // path.
-#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -10,8 +9,9 @@
 namespace pyvideo {
 namespace {
 
-// Three blocks of sums and one of a widened operand are 16 KiB: half of a common L1.
-constexpr int64_t kBlock = 1024;
+// Short, so that all the tensors advance together: a page of one after a page of another is new to the prefetcher each
+// time, and three times as slow.
+constexpr int64_t kBlock = 128;
 
 struct Operand {
   const void* data = nullptr;
@@ -46,76 +46,82 @@ PYVIDEO_INLINE const float* floats(const Operand& o, int64_t begin, int64_t n, f
   return scratch;
 }
 
-// S is the storage type of sample and of the results.
+// S is the storage type of sample and of the results; n <= kBlock.
 template <class S>
-PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  float* __restrict x0 = scratch;
-  float* __restrict corrected = scratch + kBlock;
-  float* __restrict prev = scratch + 2 * kBlock;
-  float* widened = scratch + 3 * kBlock;
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t n = std::min(kBlock, end - at);
-    // x0 = sample - sigma * v; `x0` holds v until the sample is read.
-    const float* __restrict in = floats(a.cond, at, n, widened);
+PYVIDEO_INLINE void block(const Args& a, int64_t at, int64_t n) {
+  alignas(64) float x0[kBlock];
+  alignas(64) float corrected[kBlock];
+  alignas(64) float prev[kBlock];
+  alignas(64) float widened[kBlock];
+  // x0 = sample - sigma * v; `x0` holds v until the sample is read.
+  const float* in = floats(a.cond, at, n, widened);
+  if (a.uncond.data == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       x0[i] = in[i];
     }
-    if (a.uncond.data != nullptr) {
-      in = floats(a.uncond, at, n, widened);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        x0[i] = in[i] + a.guidance_scale * (x0[i] - in[i]);
-      }
-    }
-    in = floats(a.sample, at, n, widened);
+  } else {
+    const float* base = floats(a.uncond, at, n, corrected);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      x0[i] = in[i] - a.sigma * x0[i];
-      prev[i] = a.predictor[1] * x0[i];
+      x0[i] = base[i] + a.guidance_scale * (in[i] - base[i]);
     }
-    if (a.last.data == nullptr) {
+  }
+  in = floats(a.sample, at, n, widened);
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        corrected[i] = in[i];
-      }
-    } else {
-      in = floats(a.last, at, n, widened);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        corrected[i] = a.corrector[0] * in[i] + a.corrector[1] * x0[i];
-      }
-    }
-    store_row(x0, n, static_cast<S*>(a.x0) + at);
-    for (const Past& past : a.history) {
-      in = floats(past.value, at, n, widened);
-      if (a.last.data != nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          corrected[i] += past.corrector * in[i];
-        }
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        prev[i] += past.predictor * in[i];
-      }
-    }
-    store_row(corrected, n, static_cast<S*>(a.corrected) + at);
+  for (int64_t i = 0; i < n; ++i) {
+    x0[i] = in[i] - a.sigma * x0[i];
+    prev[i] = a.predictor[1] * x0[i];
+  }
+  if (a.last.data == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      prev[i] += a.predictor[0] * corrected[i];
+      corrected[i] = in[i];
     }
-    store_row(prev, n, static_cast<S*>(a.prev) + at);
+  } else {
+    in = floats(a.last, at, n, widened);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      corrected[i] = a.corrector[0] * in[i] + a.corrector[1] * x0[i];
+    }
+  }
+  for (const Past& past : a.history) {
+    in = floats(past.value, at, n, widened);
+    // Without `last_sample` there is no corrector, and infinity times its share of 0 would be NaN.
+    if (a.last.data != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        corrected[i] += past.corrector * in[i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      prev[i] += past.predictor * in[i];
+    }
+  }
+  S* __restrict to_x0 = static_cast<S*>(a.x0) + at;
+  S* __restrict to_corrected = static_cast<S*>(a.corrected) + at;
+  S* __restrict to_prev = static_cast<S*>(a.prev) + at;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    to_x0[i] = from_float<S>(x0[i]);
+    to_corrected[i] = from_float<S>(corrected[i]);
+    to_prev[i] = from_float<S>(prev[i] + a.predictor[0] * corrected[i]);
   }
 }
 
-PYVIDEO_CLONES void run_f32(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  body<float>(a, begin, end, scratch);
+template <class S>
+PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end) {
+  int64_t at = begin;
+  for (; at + kBlock <= end; at += kBlock) {
+    block<S>(a, at, kBlock);
+  }
+  block<S>(a, at, end - at);
 }
 
-PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* scratch) {
-  body<bf16>(a, begin, end, scratch);
-}
+PYVIDEO_CLONES void run_f32(const Args& a, int64_t begin, int64_t end) { body<float>(a, begin, end); }
+
+PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end) { body<bf16>(a, begin, end); }
 
 // An operand and the tensor that keeps its memory: contiguous, since a permuted latent is copied, once a step.
 struct Operands {
@@ -171,10 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> unipc_step(Tensor sample, Tensor cond, std::o
   a.x0 = x0.mutable_data_ptr();
   a.corrected = corrected.mutable_data_ptr();
   const auto run = a.sample.dtype == DType::f32 ? run_f32 : run_bf16;
-  parallel_rows(sample.numel(), 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float scratch[4 * kBlock];
-    run(a, begin, end, scratch);
-  });
+  parallel_rows(sample.numel(), 1, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return {prev, x0, corrected};
 }
 

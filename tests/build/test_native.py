@@ -17,8 +17,8 @@ if not _native.available():
     pytest.skip(f"no compiled extension: {_native.why_not()}", allow_module_level=True)
 
 CPU_OPS = [name for name, devices in _native._KERNELS.items() if "cpu" in devices]
-# Ops on rows of [B, S, D]; qk_norm_rope takes [B, S, heads, head_dim] and has its own tests below.
-ROW_OPS = [name for name in CPU_OPS if name != "qk_norm_rope"]
+# Ops on rows of [B, S, D]; the others take [B, S, heads, head_dim] and have their own tests below.
+ROW_OPS = [name for name in CPU_OPS if not name.startswith("qk_norm_rope")]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,6 +36,8 @@ def inputs(name, shape, dtype):
         "gate": new(b, 1, d, dtype=f32), "scale": new(b, 1, d, dtype=f32), "shift": new(*shape),
         "weight": new(d), "bias": new(d, dtype=f32), "eps": 1e-6, "silu": True,
         "guidance_scale": 4.5, "sigma": 0.9, "sigma_next": 0.75,
+        "sample": new(*shape), "last_sample": new(*shape), "history": [new(*shape, dtype=f32), new(*shape)],
+        "corrector": [0.9, 0.13, -0.05, 0.02], "predictor": [0.93, 0.11, -0.04, 0.03],
     }  # fmt: skip
     return OPS[name].bind(**{key: values[key] for key in OPS[name].arguments[:-1]})
 
