@@ -66,7 +66,8 @@ def spacetime_attention(
         return_lse: also return ``lse``, natural logarithm, ``[B, heads, S]`` fp32 (fp64 for fp64 inputs).
         precision: ``native``: products of the inputs' dtype, fp32 accumulation. ``int8``: `quantize_qk`, then
             `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward.
-        impl: ``auto``, ``reference``, ``triton`` or ``sdpa``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton``, ``sdpa`` or ``flash`` (an installed FlashAttention-4 or -3); an
+            explicit choice never falls back.
     Returns:
         ``[B, S, heads, head_dim]``, contiguous, dtype of ``q``; or ``(out, lse)``. A query with no key to see gives
         zeros and an ``lse`` of -inf.
@@ -74,7 +75,7 @@ def spacetime_attention(
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
         UnsupportedError: a precision or an option that this implementation has not.
     Supports: sm_80+, gfx942+, CPU | fwd, bwd of q, k and v | fullgraph, CUDA graphs, dynamic S and grid. In Triton
-        head_dim ≤ 256, ≤ 128 for the backward; ``sdpa`` is dense and, giving no lse, without a backward.
+        head_dim ≤ 256, ≤ 128 for the backward; ``flash`` is dense, ``sdpa`` too and, giving no lse, without a backward.
     Numerics: error ≤ 2 × eager's own against float64. Deterministic: yes.
     Source: Dao, "FlashAttention-2", arXiv:2307.08691; Hassani et al., "Generalized Neighborhood Attention",
         arXiv:2504.16922.
