@@ -15,9 +15,8 @@ from ._checks import check_triple
 from .block_sparse_attention import check_heads, check_scale, check_tile
 
 _OP = "video_sparse_attention"
-# Shares of attention mass are added in integers, in which the order of a sum does not matter. Their products, at most
-# 2^60, fit int64.
-_MASS, _SHARE = 1 << 40, 1 << 20
+# Shares of attention mass are added in integers, in which the order of a sum does not matter: int32, in units of 2^-30.
+_MASS, _SHARE = 1 << 30, 1 << 20
 
 
 def video_sparse_attention(
@@ -142,14 +141,13 @@ def tiles_with_share(scores: Tensor, sizes: Tensor, share: float) -> tuple[Tenso
     if share >= 1.0:
         return _all_tiles(scores)
     # A tile weighs what its tokens would, each with the score of the mean key.
-    mass = (torch.softmax(scores + sizes.to(scores.dtype).log(), -1) * _MASS).long()
+    mass = (torch.softmax(scores + sizes.to(scores.dtype).log(), -1) * _MASS).to(torch.int32)
     index = torch.arange(blocks, device=scores.device)
-    first = torch.where(index == index[:, None], torch.iinfo(torch.int64).max, mass)
-    order = first.argsort(dim=-1, descending=True, stable=True)
+    order = torch.where(index == index[:, None], _MASS + 1, mass).argsort(dim=-1, descending=True, stable=True)
     ranked = mass.gather(-1, order)
-    before = ranked.cumsum(-1) - ranked
-    kept = before * _SHARE < ranked.sum(-1, keepdim=True) * max(1, round(share * _SHARE))
-    kept = torch.zeros_like(kept).scatter_(-1, order, kept)
+    before = ranked.cumsum(-1, dtype=torch.int32) - ranked
+    wanted = (ranked.sum(-1, keepdim=True) * max(1, round(share * _SHARE)) + _SHARE - 1) // _SHARE
+    kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, order, before < wanted)
     indices = torch.where(kept, index, blocks).sort(-1).values.clamp(max=blocks - 1)
     return indices.to(torch.int32), kept.sum(-1).to(torch.int32)
 
