@@ -201,6 +201,22 @@ class AttentionChoice:
             return step < tokens(self.dense_steps, count)
         return step < self.dense_steps
 
+    def unfit(self, blocks: int, heads: int) -> str | None:
+        """Why a model with so many blocks and heads cannot run it, or None."""
+        beyond = [index for index in self.layers if index >= blocks]
+        if beyond:
+            return f"names block {min(beyond)}; there are {blocks}, 0 to {blocks - 1}"
+        for layer in (self.base, *self.layers.values()):
+            if len(layer.window) not in (0, 1, heads):
+                return f"`window` must be one row, or one for each of {heads} heads; got {len(layer.window)}"
+        return None
+
+    def density(self, grid: Sequence[int], blocks: int, steps: int) -> float:
+        """The share of pairs of query and key that a film computes, at most: where the data decide, all of them."""
+        kept = [1 - (self.layer(index).sparsity(grid) or 0.0) for index in range(blocks)]
+        dense = min(steps, tokens(self.dense_steps, steps))
+        return (dense + (steps - dense) * sum(kept) / len(kept)) / steps
+
     def ops_of(self, layer: LayerAttention) -> tuple[str, ...]:
         """The ops that a layer which runs ``layer`` may call."""
         return layer.ops if self.dense_steps == 0 else tuple(dict.fromkeys((*layer.ops, *DENSE.ops)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..attention_text import choose
 from ..error_types import UsageError
 from .modeldir import Model
 from .settings import Settings
@@ -104,7 +105,9 @@ def make_plan(settings: Settings, model: Model, image_size: tuple[int, int] | No
     guidance_2 = d.guidance_2 if settings.guidance is None and model.boundary_ratio is not None else None
     tokens = grid[0] * grid[1] * grid[2]
     calls = steps * (2 if guidance > 1 else 1)
-    tflop = calls * transformer_tflop(model.transformer, tokens) + decoder_tflop(model.vae, height, width, frames)
+    density = _density(settings, model, grid, steps)
+    tflop = calls * transformer_tflop(model.transformer, tokens, density=density)
+    tflop += decoder_tflop(model.vae, height, width, frames)
     return Plan(
         model=model.name,
         height=height,
@@ -119,6 +122,18 @@ def make_plan(settings: Settings, model: Model, image_size: tuple[int, int] | No
         tflop=tflop,
         upscale=settings.upscale or d.upscale,
     )
+
+
+def _density(settings: Settings, model: Model, grid: tuple[int, int, int], steps: int) -> float:
+    """The share of self-attention that ``--attention`` computes, checked against the model's blocks and heads."""
+    choice = choose(settings.attention, "--attention")
+    if choice is None:
+        return 1.0
+    blocks, heads = (int(model.transformer[key]) for key in ("num_layers", "num_attention_heads"))
+    reason = choice.unfit(blocks, heads)
+    if reason is not None:
+        raise UsageError(f"--attention: {model.name}: {reason}")
+    return choice.density(grid, blocks, steps)
 
 
 def _own_scheduler(config: Mapping[str, Any]) -> str:
@@ -152,12 +167,14 @@ def _fit(image_size: tuple[int, int], area: int, multiple: int) -> tuple[int, in
     return height, width
 
 
-def transformer_tflop(config: Mapping[str, Any], tokens: int, text: int = TEXT_TOKENS) -> float:
-    """Matrix multiplications of one forward pass, in 1e12 multiply-adds × 2."""
+def transformer_tflop(
+    config: Mapping[str, Any], tokens: int, text: int = TEXT_TOKENS, *, density: float = 1.0
+) -> float:
+    """Matrix multiplications of one forward pass, of self-attention ``density``, in 1e12 multiply-adds × 2."""
     d = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     ffn, layers = int(config["ffn_dim"]), int(config["num_layers"])
     linear = 2 * tokens * (4 * d * d + 2 * d * d + 2 * d * ffn) + 2 * text * 2 * d * d
-    attention = 4 * tokens * tokens * d + 4 * tokens * text * d
+    attention = 4 * tokens * tokens * d * density + 4 * tokens * text * d
     pt, ph, pw = config.get("patch_size") or (1, 2, 2)
     ends = 2 * tokens * d * pt * ph * pw * (int(config["in_channels"]) + int(config["out_channels"]))
     return (layers * (linear + attention) + ends) / 1e12

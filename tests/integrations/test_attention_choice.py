@@ -22,7 +22,9 @@ from .helpers import inputs, run, tiny, used
 
 GRID = (2, 2, 3)
 WINDOW = (3, 3, 2)
-TINY_LAYERS = json.loads((MODEL_DIR / "transformer" / "config.json").read_text())["num_layers"]
+TINY_CONFIG = json.loads((MODEL_DIR / "transformer" / "config.json").read_text())
+TINY_LAYERS = TINY_CONFIG["num_layers"]
+SENTENCE = "a red ball moves left on a black background"
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
@@ -121,9 +123,28 @@ def test_verify_is_for_what_the_model_computes():
     assert all(choice.exact for choice in exact) and not choose({"layers": {0: "int8"}}).exact
 
 
-# The command line, files of options, and the benchmarks' variants -----------------------------------------------------
+def test_the_plan_checks_it_against_the_model_and_counts_what_is_left():
+    heads, blocks = TINY_CONFIG["num_attention_heads"], TINY_LAYERS
+    sampler = Sampler(Settings(prompt=SENTENCE))
 
-SENTENCE = "a red ball moves left on a black background"
+    def tflop(attention):
+        return sampler.plan(Settings(prompt=SENTENCE, steps=4, attention=attention)).tflop
+
+    grid, width = (5, 4, 4), heads * TINY_CONFIG["attention_head_dim"]
+    dense = tflop(None)
+    assert tflop("dense") == tflop("window=1.0x1.0x1.0") == tflop("share=0.5") == dense
+    # Two guided calls in each of three sparse steps, all blocks but two, all but 12 of 80 keys left out.
+    pairs = (5 * 4 * 4) ** 2
+    saved = 2 * 3 * (blocks - 2) * 4 * pairs * width * (1 - (3 * 2 * 2) / 80) / 1e12
+    assert dense - tflop("window=3x2x2,dense_steps=1,dense_layers=2") == pytest.approx(saved)
+    assert choose("top_k=1").density(grid, blocks, 4) == pytest.approx(1 / 2)  # two tiles
+    with pytest.raises(UsageError, match=f"--attention: tiny: names block {blocks}; there are {blocks}"):
+        tflop({"top_k": 1, "dense_layers": [blocks]})
+    with pytest.raises(UsageError, match=f"one for each of {heads} heads; got {heads + 1}"):
+        tflop({"window": [(1, 1, 1)] * (heads + 1)})
+
+
+# The command line, files of options, and the benchmarks' variants -----------------------------------------------------
 
 
 def test_the_command_line_takes_it(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 
 import pyvideo_kernels as pv
@@ -16,6 +17,7 @@ from pyvideo_kernels.integrations import swap
 from pyvideo_kernels.integrations.diffusers import wan_attention
 
 from .helpers import assert_close, run, tiny, truth, used
+from .test_wan_features import group_offload, leaf_offload
 from .test_wan_pipelines import film, pipeline
 
 GRID = (3, 5, 6)
@@ -317,6 +319,53 @@ def test_dense_and_sparse_are_two_graphs_however_many_steps_and_layers(blocks, l
         with called.cache_context("cond", **context), eager.cache_context("cond", **context):
             torch.testing.assert_close(run(called, arguments), run(eager, arguments), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 2
+
+
+# What diffusers does around a model ------------------------------------------------------------------------------
+
+
+def fp8_storage(model, path):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def lora(model, path):
+    torch.manual_seed(5)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+
+
+def fused_projections(model, path):
+    model.fuse_qkv_projections()
+
+
+AROUND = {
+    "leaf offload": leaf_offload,
+    "group offload": group_offload("leaf_level"),
+    "fp8 storage": fp8_storage,
+    "lora": lora,
+    "fused projections": fused_projections,
+}
+
+
+@pytest.mark.parametrize("first", ["feature", "accelerate"])
+@pytest.mark.parametrize("name", AROUND)
+def test_features_around_the_model_do_not_notice(name, first, tmp_path):
+    model, arguments = model_of(), inputs()
+    stock = masked(model, [None, mask_of(WINDOW)[None]])
+    if name == "fused projections":
+        stock.fuse_qkv_projections()
+    elif name in ("fp8 storage", "lora"):
+        AROUND[name](stock, tmp_path)
+    choice = {"window": WINDOW, "dense_steps": 1, "dense_layers": 1}
+    steps = [lambda: AROUND[name](model, tmp_path), lambda: pv.accelerate(model, attention=choice)]
+    for step in steps if first == "feature" else reversed(steps):
+        step()
+    report = pv.accelerate(model, attention=choice)
+    with model.cache_context("cond", **LATER_STEP):
+        ours = run(model, arguments)
+    torch.testing.assert_close(ours, run(stock, arguments), rtol=1e-4, atol=1e-4)
+    with model.cache_context("cond", **FIRST_STEP):
+        assert (run(model, arguments) - ours).abs().max() > 0.02
+    assert report.calls()["spacetime_attention"] and not report.fallbacks()
 
 
 # What falls back ----------------------------------------------------------------------------------------------------

@@ -117,16 +117,9 @@ class _Planner:
         if choice is None:
             return
         where = f"accelerate: `attention`{self.root and f' of {self.root}'}"
-        blocks, heads = len(model.blocks), model.config.num_attention_heads
-        beyond = [index for index in choice.layers if index >= blocks]
-        if beyond:
-            raise ValueOptionError(f"{where} names block {min(beyond)}; there are {blocks}, 0 to {blocks - 1}")
-        for layer in (choice.base, *choice.layers.values()):
-            if len(layer.window) not in (0, 1, heads):
-                rows = len(layer.window)
-                raise ValueOptionError(
-                    f"{where}: `window` must be one row, or one for each of {heads} heads; got {rows}"
-                )
+        reason = choice.unfit(len(model.blocks), model.config.num_attention_heads)
+        if reason is not None:
+            raise ValueOptionError(f"{where}: {reason}")
 
     @property
     def attention_ops(self) -> tuple[str, ...]:
