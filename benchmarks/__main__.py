@@ -18,6 +18,7 @@ import torch
 import pyvideo_kernels.benchmarks.results as results
 from pyvideo_kernels.error_types import PyVideoError
 from pyvideo_kernels.sampler.problems import Exit, exit_code
+from pyvideo_kernels.sampler.video import check_folder
 
 LIMIT = 210.0
 """Seconds of a CPU run after which no optional part is started: the rest of five minutes is for the parts in hand."""
@@ -121,12 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pyvideo_kernels.benchmarks.ops import device_named
 
         bench = Bench(options.output, device_named(options.device), options.quick)
+        check_folder(options.output, "output")
         bench.run()
     except PyVideoError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(exit_code(error) or Exit.FAILED)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is in {options.output}", file=sys.stderr)
+        kept = any(options.output.glob("*.json"))
+        print(f"\ninterrupted; {f'what was finished is in {options.output}' if kept else 'nothing was written'}",
+              file=sys.stderr)  # fmt: skip
         return Exit.INTERRUPTED
     if bench.wrong:
         print(f"\nwrong or not measured: {', '.join(bench.wrong)}")

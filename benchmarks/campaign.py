@@ -40,6 +40,7 @@ from pyvideo_kernels.benchmarks.slices import ROOT, Slice
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, did_you_mean, exit_code
+from pyvideo_kernels.sampler.video import check_folder
 
 RESERVE = 10.0
 """Seconds kept for the last pictures and the summary."""
@@ -226,6 +227,9 @@ def _main(options: argparse.Namespace) -> int:
         os.environ["PYVIDEO_REVISION"] = options.revision
     where, name = machine(device)
     out = options.out or (ROOT / "runs" / "campaign-dry" if options.dry else ROOT / "benchmarks" / "results" / name)
+    check_folder(out, "out")
+    if options.pack is not None:
+        check_folder(options.pack.resolve().parent, "pack")
     state = State(out, where, dry=options.dry, fresh=not options.resume)
     campaign = Campaign(
         plan, state, device=device, seconds=60 * options.minutes, keep=options.keep, pack=options.pack

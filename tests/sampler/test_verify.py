@@ -43,6 +43,7 @@ def run(*arguments: str) -> Any:
 def test_a_right_model_passes_and_the_result_says_what_was_checked(model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "verify.json"
     result = run("--model", str(model_dir), "--attention", "dense", "--json", str(out))
+    assert "Everything holds: " in result.stdout
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["kind"] == "correctness" and found["ok"] and found["settings"]["plan"]["frames"] == 5
