@@ -186,6 +186,10 @@ def _int8_windowed_attention_fwd_kernel(
     q = tl.load(q_tile + row[:, None] * q_s + cols[None, :], mask=valid[:, None] & col_mask[None, :], other=0)
     line = (batch * heads + head) * s + row
     factor = tl.load(q_scale_ptr + line, mask=valid, other=1.0) * scale_log2
+    shift = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_LSE and shift_ptr is not None:
+        # Now: a pointer kept for later is two scalar registers, of which gfx9 has too few.
+        shift = tl.load(shift_ptr + line, mask=valid, other=0.0) * scale
     k_head = k_ptr + batch * k_b + kv_head.to(tl.int64) * k_h
     v_head = v_ptr + batch * v_b + kv_head.to(tl.int64) * v_h
     k_scale_head = k_scale_ptr + (batch * (heads // group) + kv_head) * s
@@ -206,34 +210,39 @@ def _int8_windowed_attention_fwd_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     steps_t, steps_h, steps_w = tl.cdiv(high_t - low_t, KT), tl.cdiv(high_h - low_h, KH), tl.cdiv(high_w - low_w, KW)
-    for i in tl.range(0, steps_t * steps_h * steps_w):
+    # disable_licm: what it hoists here ends in scalar registers that gfx9 does not have.
+    for i in tl.range(0, steps_t * steps_h * steps_w, disable_licm=True):
         from_t = low_t + i // (steps_h * steps_w) * KT
         from_h = low_h + i // steps_w % steps_h * KH
         from_w = low_w + i % steps_w * KW
         origin = (video_start + (from_t * h + from_h) * w + from_w).to(tl.int64)
-        real = (from_t + key_t < high_t) & (from_h + key_h < high_h) & (from_w + key_w < high_w)
+        # Past the edge lies another key, which is not asked for, or nothing.
+        place = tl.minimum(local, (s - 1 - origin).to(tl.int32))
         if DESCRIPTORS:
             where = kv_head * D
             k = k_desc.load([batch.to(tl.int32), from_t, from_h, from_w, where]).reshape(BLOCK_N, BLOCK_D)
         else:
             k = tl.load(
-                k_head + origin * k_s + local[:, None] * k_s + cols[None, :],
-                mask=real[:, None] & col_mask[None, :], other=0,
+                k_head + origin * k_s + place[:, None] * k_s + cols[None, :],
+                mask=None if D == BLOCK_D else col_mask[None, :], other=None if D == BLOCK_D else 0,
             )  # fmt: skip
-        key_scale = tl.load(k_scale_head + origin + local, mask=real, other=0.0)
+        key_scale = tl.load(k_scale_head + origin + place)
         seen = (
             axis_bits(first_t, last_t, from_t, is_text, KT, 0)
             | axis_bits(first_h, last_h, from_h, is_text, KH, KT)
             | axis_bits(first_w, last_w, from_w, is_text, KW, KT + KH)
         )
-        # No query sees a key past the edge, be it text: such a key asks for the sign bit too, which no word has.
-        asked = tl.where(real, wanted, -1)
+        # No query sees a key past the edge, be it text: such a key asks for the sign bit too, which no word has. In
+        # arithmetic, the sign of what is left to the edge: masks would fill the scalar registers of gfx9.
+        left = (high_t - 1 - from_t - key_t) | (high_h - 1 - from_h - key_h) | (high_w - 1 - from_w - key_w)
+        asked = wanted | (left & -2147483648)
         scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
         scores = tl.where((seen[:, None] & asked[None, :]) == asked[None, :], scores, float("-inf"))
         weights, acc, top, total = _soften_rows(scores, acc, top, total, factor, True)
         if DESCRIPTORS:
             v = v_desc.load([batch.to(tl.int32), from_t, from_h, from_w, where]).reshape(BLOCK_N, BLOCK_D)
         else:
+            real = (from_t + key_t < high_t) & (from_h + key_h < high_h) & (from_w + key_w < high_w)
             v = tl.load(
                 v_head + origin * v_s + local[:, None] * v_s + cols[None, :],
                 mask=real[:, None] & col_mask[None, :], other=0.0,
@@ -244,7 +253,7 @@ def _int8_windowed_attention_fwd_kernel(
         keys = text_len
         if LENS:
             keys = tl.minimum(tl.maximum(tl.load(lens_ptr + batch), 0), text_len).to(tl.int32)
-        for j in tl.range(0, keys, BLOCK_N):
+        for j in tl.range(0, keys, BLOCK_N, disable_licm=True):
             real_text = j + n < keys
             line_text = (text_start + j + n).to(tl.int64)
             load_text = real_text[:, None] & col_mask[None, :]
@@ -260,9 +269,7 @@ def _int8_windowed_attention_fwd_kernel(
     o_tile = o_ptr + ((batch * s + row) * heads + head)[:, None] * D + cols[None, :]
     tl.store(o_tile, out.to(o_ptr.dtype.element_ty), mask=valid[:, None] & col_mask[None, :])
     if HAS_LSE:
-        if shift_ptr is not None:
-            lse += tl.load(shift_ptr + line, mask=valid, other=0.0) * scale
-        tl.store(lse_ptr + line, lse, mask=valid)
+        tl.store(lse_ptr + line, lse + shift, mask=valid)
 
 
 def _tile_descriptor(x: Tensor, config: AttentionConfig) -> TensorDescriptor:

@@ -61,6 +61,31 @@ def _key_mean_kernel(
     tl.store(mean_ptr + pid.to(tl.int64) * D + cols, mean, mask=col_mask)
 
 
+@triton.jit
+def _quantize_rows(
+    x_ptr, x_b, x_s, x_h, mean_ptr, x8_ptr, scale_ptr, shift_ptr, batch, head, heads, mean_head, mean_heads, first, s,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``ROWS`` tokens of a head; of q if there is a ``shift_ptr``, else of k, less the mean."""
+    x_b, x_s, x_h = tl.cast(x_b, tl.int64) * UNIT, x_s * UNIT, tl.cast(x_h, tl.int64) * UNIT
+    cols = tl.arange(0, BLOCK_D)
+    rows = tl.arange(0, ROWS)
+    row_mask = first + rows < s
+    mask = row_mask[:, None] & (cols < D)[None, :]
+    x_tile = x_ptr + batch * x_b + first * x_s + head * x_h
+    x = tl.load(x_tile + rows[:, None] * x_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + (batch * mean_heads + mean_head) * D + cols, mask=cols < D, other=0.0)[None, :]
+    line = (batch * heads + head) * s + first + rows
+    if shift_ptr is not None:
+        tl.store(shift_ptr + line, tl.sum(x * mean, 1), mask=row_mask)
+    else:
+        x = x - mean
+    scale, factor, good = row_scale(x)
+    tl.store(scale_ptr + line, scale, mask=row_mask)
+    to = x8_ptr + ((batch * s + first) * heads + head) * D
+    tl.store(to + rows[:, None] * (heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _quantize_qk_fwd_kernel(
     q_ptr, k_ptr, mean_ptr, q8_ptr, k8_ptr, q_scale_ptr, k_scale_ptr, shift_ptr,
@@ -73,34 +98,16 @@ def _quantize_qk_fwd_kernel(
     head = pid % both
     first = (pid // both % tiles * ROWS).to(tl.int64)
     batch = (pid // both // tiles).to(tl.int64)
-    cols = tl.arange(0, BLOCK_D)
-    col_mask = cols < D
-    rows = tl.arange(0, ROWS)
-    row_mask = first + rows < s
-    mask = row_mask[:, None] & col_mask[None, :]
     if head < heads:
-        q_b, q_s, q_h = tl.cast(q_b, tl.int64) * UNIT, q_s * UNIT, tl.cast(q_h, tl.int64) * UNIT
-        q_tile = q_ptr + batch * q_b + first * q_s + head * q_h
-        x = tl.load(q_tile + rows[:, None] * q_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        kv_head = head // (heads // kv_heads)
-        mean = tl.load(mean_ptr + (batch * kv_heads + kv_head) * D + cols, mask=col_mask, other=0.0)
-        line = (batch * heads + head) * s + first + rows
-        tl.store(shift_ptr + line, tl.sum(x * mean[None, :], 1), mask=row_mask)
-        scale, factor, good = row_scale(x)
-        tl.store(q_scale_ptr + line, scale, mask=row_mask)
-        to = q8_ptr + ((batch * s + first) * heads + head) * D
-        tl.store(to + rows[:, None] * (heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
+        _quantize_rows(
+            q_ptr, q_b, q_s, q_h, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, batch, head, heads,
+            head // (heads // kv_heads), kv_heads, first, s, D, UNIT, ROWS, BLOCK_D,
+        )  # fmt: skip
     else:
-        head -= heads
-        k_b, k_s, k_h = tl.cast(k_b, tl.int64) * UNIT, k_s * UNIT, tl.cast(k_h, tl.int64) * UNIT
-        k_tile = k_ptr + batch * k_b + first * k_s + head * k_h
-        x = tl.load(k_tile + rows[:, None] * k_s + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        x -= tl.load(mean_ptr + (batch * kv_heads + head) * D + cols, mask=col_mask, other=0.0)[None, :]
-        line = (batch * kv_heads + head) * s + first + rows
-        scale, factor, good = row_scale(x)
-        tl.store(k_scale_ptr + line, scale, mask=row_mask)
-        to = k8_ptr + ((batch * s + first) * kv_heads + head) * D
-        tl.store(to + rows[:, None] * (kv_heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
+        _quantize_rows(
+            k_ptr, k_b, k_s, k_h, mean_ptr, k8_ptr, k_scale_ptr, None, batch, head - heads, kv_heads,
+            head - heads, kv_heads, first, s, D, UNIT, ROWS, BLOCK_D,
+        )  # fmt: skip
 
 
 def launch_fwd(
@@ -124,9 +131,7 @@ def launch_fwd(
         )
 
 
-def quantize_qk(
-    q: Tensor, k: Tensor, mean_start: int, mean_stop: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize_qk(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``impl="triton"`` of the op."""
     refuse_float64("quantize_qk", q, k)
     b, s, heads, head_dim = q.shape

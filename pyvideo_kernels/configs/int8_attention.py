@@ -77,9 +77,7 @@ def candidates(
 
 
 @family("int8_windowed_attention", WindowConfig, limit=40)
-def select_windowed(
-    arch: str, *, head_dim: int, itemsize: int, aligned: bool, t: int, h: int, w: int
-) -> WindowConfig:
+def select_windowed(arch: str, *, head_dim: int, itemsize: int, aligned: bool, t: int, h: int, w: int) -> WindowConfig:
     """As `select`, in boxes of the grid (t, h, w)."""
     _refuse_wide(head_dim)
     block_d = _block_d(head_dim)

@@ -39,9 +39,9 @@ def quantize_qk(
             64th, or as many as give 64. Empty: ``c = 0``. None: all.
         impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
     Returns:
-        ``(q8, k8, q_scale, k_scale, lse_shift)``: int8 in the shapes of q and k; fp32 (fp64 for fp64) ``[B, heads, S]``,
-        ``[B, kv_heads, S]`` and ``[B, heads, S]``; all contiguous. Scales are positive, those of rows of zeros too; a row
-        that is not finite has the scale NaN, so that attention gives NaN where it counts.
+        ``(q8, k8, q_scale, k_scale, lse_shift)``: int8 in the shapes of q and k, then fp32 (fp64 for fp64)
+            ``[B, heads, S]``, ``[B, kv_heads, S]`` and ``[B, heads, S]``; all contiguous. Scales are positive, those of
+            rows of zeros too; a row that is not finite has the scale NaN, so that attention gives NaN where it counts.
     Raises:
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
         UnsupportedError: an argument requires grad, or this implementation has not what is asked for.

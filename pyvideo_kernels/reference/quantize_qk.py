@@ -42,9 +42,7 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), torch.where(good, scale, torch.nan).squeeze(-1)
 
 
-def quantize_qk(
-    q: Tensor, k: Tensor, mean_start: int, mean_stop: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize_qk(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows of q, and of k less a constant, in int8; what the constant adds to each query's scores."""
     dtype = compute_dtype(q)
     mean = key_mean(k, mean_start, mean_stop)
