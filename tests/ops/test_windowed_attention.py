@@ -53,7 +53,7 @@ def _mask(grid, window, stride, causal, heads, text_len, side, lens):
         for axis, (length, size, step) in enumerate(zip(grid, row, stride, strict=True)):
             along = torch.tensor(
                 [[_sees(i, j, length, size, step, causal and axis == 0) for j in range(length)] for i in range(length)]
-            )
+            ).view(length, length)
             video = torch.kron(video.int(), along.int()).bool()
         per_head.append(video)
     mask = torch.nn.functional.pad(torch.stack(per_head), (0, text_len, 0, text_len), value=True)
