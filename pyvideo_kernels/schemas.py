@@ -139,9 +139,7 @@ def _block_sparse_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _quantize_qk(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     codes = (x.new_empty(x.shape, dtype=torch.int8) for x in (q, k))
-    floats = (
-        x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_fp32_or_64(q)) for x in (q, k, q)
-    )
+    floats = (x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_fp32_or_64(q)) for x in (q, k, q))
     return *codes, *floats  # type: ignore[return-value]
 
 
