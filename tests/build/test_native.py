@@ -3,6 +3,7 @@
 The samples of each op run through impl="cpu" in tests/ops; here is what those samples do not reach.
 """
 
+import itertools
 import zlib
 
 import pytest
@@ -133,6 +134,118 @@ def test_qk_norm_rope_has_the_same_bits_with_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@pytest.mark.parametrize("norm", ["across_heads", "per_head", "none"])
+def test_qk_norm_rope_in_place_is_bitwise_the_op_out_of_place(norm, layout, dtype):
+    for shape in ((1, 1, 1, 2), (2, 3, 5, 6), (1, 67, 3, 34), (2, 331, 4, 64), (0, 3, 2, 8), (2, 0, 2, 8)):
+        for weighted in (True, False):
+            q, k, *rest = rope_inputs(*shape, dtype, norm, layout)
+            if not weighted:
+                rest[:2] = None, None
+            expected = _native.qk_norm_rope(q, k, *rest)
+            assert _native.qk_norm_rope_(q, k, *rest) is None
+            assert torch.equal(q, expected[0]) and torch.equal(k, expected[1]), shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["across_heads", "per_head"])
+def test_qk_norm_rope_in_place_writes_only_where_its_views_are(norm, dtype):
+    # Views of one buffer that starts off any vector boundary: packed, planar, tokens first, heads apart.
+    heads, head_dim = 3, 34
+    for order in ((0, 1, 2, 3, 4), (0, 2, 1, 3, 4), (1, 0, 2, 3, 4), (0, 3, 1, 2, 4)):
+        sizes = [2, 5, 3, heads, head_dim]  # batch, tokens, (q, k, v), heads, head_dim
+        buffer = torch.randn(1 + 2 * 5 * 3 * heads * head_dim).to(dtype)
+        packed = buffer[1:].view([sizes[i] for i in order]).permute([order.index(i) for i in range(5)])
+        _, _, q_weight, k_weight, _, _, cos, sin = rope_inputs(2, 5, heads, head_dim, dtype, norm, "interleaved")[:8]
+        rest = q_weight, k_weight, None, None, cos[1:4], sin[1:4], norm, "rms", "interleaved", 1, 4, 1e-6
+        expected = packed.clone()
+        expected[:, :, 0], expected[:, :, 1] = _native.qk_norm_rope(packed[:, :, 0], packed[:, :, 1], *rest)
+        first = buffer[0].item()
+        _native.qk_norm_rope_(packed[:, :, 0], packed[:, :, 1], *rest)
+        assert torch.equal(packed, expected), order
+        assert buffer[0].item() == first
+
+
+def test_qk_norm_rope_in_place_has_the_same_bits_with_any_number_of_threads():
+    args = rope_inputs(2, 331, 4, 64, torch.bfloat16, "across_heads", "interleaved")
+    expected = _native.qk_norm_rope(*args)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            q, k = args[0].clone(), args[1].clone()
+            _native.qk_norm_rope_(q, k, *args[2:])
+            assert torch.equal(q, expected[0]) and torch.equal(k, expected[1]), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def unipc_inputs(n, history, dtypes, *, uncond=True, last=True):
+    """A step over n values; ``dtypes`` are taken in turn by the tensors, in the order of the schema."""
+    g = torch.Generator().manual_seed(n + history)
+    turn = itertools.cycle(dtypes)
+
+    def new():
+        return torch.randn(n, generator=g).to(next(turn))
+
+    sample, cond = new(), new()
+    guide, previous = new() if uncond else None, new() if last else None
+    predictor = [0.9, 0.2, -0.07, 0.03, 0.02, -0.01, 0.004][: 2 + history]
+    corrector = [0.95, 0.1, -0.04, 0.05, -0.02, 0.01, 0.003][: 2 + history] if last else []
+    return sample, cond, guide, previous, [new() for _ in range(history)], 5.0, 0.8, corrector, predictor
+
+
+@pytest.mark.parametrize("history", [0, 1, 2, 3, 5])
+def test_unipc_step_of_any_order_in_any_mixture_of_dtypes(history):
+    reference = dispatch.load(OPS["unipc_step"], "reference")
+    f32, bf16 = DTYPES
+    for dtypes in ((f32,), (bf16,), (f32, bf16, bf16), (bf16, f32)):
+        for options in ({}, {"uncond": False}, {"last": False}, {"uncond": False, "last": False}):
+            args = unipc_inputs(1025, history, dtypes, **options)
+            got, exact = _native.unipc_step(*args), reference(*to_float64(args))
+            for out, ref64, low in zip(got, exact, reference(*args), strict=True):
+                assert out.dtype == dtypes[0] and out.is_contiguous()
+                assert_close(out, ref64, low, f"{dtypes} {options}")
+            # Lengths around the blocks that the kernel works in: a value does not depend on its place in one.
+            for n in (0, 1, 127, 129, 300):
+                part = [a[:n] if isinstance(a, torch.Tensor) else a for a in args]
+                part[4] = [h[:n] for h in args[4]]
+                for out, whole in zip(_native.unipc_step(*part), got, strict=True):
+                    assert torch.equal(out, whole[:n]), f"{n} {dtypes} {options}"
+
+
+def test_unipc_step_reads_misaligned_and_permuted_inputs_and_leaves_them_alone():
+    reference = dispatch.load(OPS["unipc_step"], "reference")
+    args = unipc_inputs(1 + 6 * 35, 2, DTYPES)
+
+    def view(t):
+        return t[1:].view(5, 6, 7).permute(2, 0, 1)
+
+    args = (*map(view, args[:4]), [view(t) for t in args[4]], *args[5:])
+    before = to_float64(args)
+    out = _native.unipc_step(*args)
+    for got, exact, low in zip(out, reference(*before), reference(*args), strict=True):
+        assert_close(got, exact, low)
+    for now, then in zip((*args[:4], *args[4]), (*before[:4], *before[4]), strict=True):
+        assert torch.equal(now.double(), then)
+
+
+def test_unipc_step_without_a_corrector_ignores_its_infinities():
+    args = list(unipc_inputs(130, 1, DTYPES[:1], last=False))
+    args[4][0][3] = float("inf")
+    prev, _, corrected = _native.unipc_step(*args)
+    assert torch.equal(corrected, args[0])
+    assert prev[3].isinf() and torch.isfinite(prev[4:]).all()
+
+
+def test_unipc_step_refuses_a_history_of_another_dtype():
+    args = list(unipc_inputs(8, 1, DTYPES))
+    args[4] = [args[4][0].half()]
+    with pytest.raises(UnsupportedError, match=r"unipc_step.*float32, bfloat16.*float16"):
+        _native.unipc_step(*args)
 
 
 def test_rows_of_a_permuted_and_sliced_view():
