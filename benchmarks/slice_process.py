@@ -171,7 +171,8 @@ class Process:
     def _tail(self, start: int) -> str:
         size = os.fstat(self.log.fileno()).st_size
         data = os.pread(self.log.fileno(), TAIL, max(start, size - TAIL))
-        return data.decode(errors="replace").strip()
+        # It is kept in a file that is committed: where this checkout lies is nobody's business.
+        return data.decode(errors="replace").strip().replace(f"{ROOT}{os.sep}", "")
 
     def close(self) -> None:
         """End the worker and whatever it has started."""
@@ -214,7 +215,7 @@ def serve(send: int, device: str) -> None:
             answer = {"status": status, "summary": outcome.summary, "red": outcome.red}
         except BaseException as error:
             traceback.print_exc()
-            text = " ".join(str(error).split())
+            text = " ".join(str(error).split()).replace(f"{ROOT}{os.sep}", "")
             answer = {"status": "failed", "summary": f"{type(error).__name__}: {text}"[:300]}
         sys.stdout.flush()
         os.write(send, json.dumps(answer).encode() + b"\n")

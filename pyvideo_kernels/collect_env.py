@@ -140,8 +140,16 @@ def peers(load: bool = False) -> list[dict[str, str | None]]:
     return [{"name": name, "version": version, "why_not": why} for name, version, why in detect(load)]
 
 
+# What a campaign writes while it measures: found in the results, and no change of what is measured.
+_MEASURED = ("benchmarks/results", "docs/numbers.md", "docs/plots", "pyvideo_kernels/configs/*.json",
+             "pyvideo_kernels/verified.json")  # fmt: skip
+
+
 def revision() -> dict[str, Any]:
     """Git revision of the checkout this package runs from, and whether tracked files differ from it; {} outside one.
+
+    Results, tuned tables and the record of verified kernels may differ: the second slice of a campaign would else be
+    of another state than the first.
 
     A checkout that was copied without its .git is told by ``PYVIDEO_REVISION`` (``campaign --revision``).
     """
@@ -157,7 +165,7 @@ def revision() -> dict[str, Any]:
     if not (root / "csrc" / "module.cpp").is_file():
         return {}
     head = git("rev-parse", "--short", "HEAD")
-    status = git("status", "--porcelain", "--untracked-files=no")
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in _MEASURED))
     if head is None:
         told = os.environ.get("PYVIDEO_REVISION")
         return {"revision": told} if told else {}

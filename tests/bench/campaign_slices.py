@@ -16,7 +16,7 @@ def good(job):
 
 
 def raises(job):
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    raise RuntimeError(f"CUDA error: an illegal memory access was encountered in {__file__}")
 
 
 def exits(job):

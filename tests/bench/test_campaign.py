@@ -126,6 +126,7 @@ def test_a_crash_takes_nothing_else_down(tmp_path):
     assert (
         "illegal memory access" in state.slices["raises"]["summary"] and "Traceback" in state.slices["raises"]["tail"]
     )
+    assert str(ROOT) not in state.path.read_text()  # it is committed with the results
     assert "tail" not in state.slices["b"] and state.slices["b"]["red"] == 2
     pids = [json.loads((tmp_path / f"{name}.json").read_text())["pid"] for name in "ab"]
     assert pids[0] != pids[1]  # nothing runs in a process in which something has failed

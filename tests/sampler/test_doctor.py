@@ -300,3 +300,20 @@ def test_peers_in_words():
     text = collect_env.peers_text(found)
     assert text == "natten 0.21.6, xformers 0.0.29 (xformers.ops cannot be imported); not installed: quack"
     assert collect_env.peers_text(found[2:]) == "none; not installed: quack"
+
+
+def test_results_of_a_campaign_do_not_make_the_revision_another(tmp_path, monkeypatch):
+    files = ["csrc/module.cpp", "kernels/op.py", "pyvideo_kernels/verified.json", "pyvideo_kernels/configs/card.json",
+             "benchmarks/results/card/ops.json"]  # fmt: skip
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(collect_env, "__file__", str(tmp_path / "pyvideo_kernels" / "collect_env.py"))
+    for name in files[2:]:
+        (tmp_path / name).write_text("2")
+    assert collect_env.revision()["dirty"] is False
+    (tmp_path / "kernels" / "op.py").write_text("2")
+    assert collect_env.revision()["dirty"] is True
