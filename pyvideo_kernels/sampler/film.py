@@ -203,11 +203,11 @@ class Film:
 
     def metadata(self) -> dict[str, Any]:
         """What the film's file says of its making; no times and no paths, so that the same run gives the same file."""
-        from ..attention_text import choose
+        from .kernels import attention_of
         from .loading import dtype_name
 
         s, own = self.settings, self.sampler.settings
-        choice = choose(own.attention)
+        choice = attention_of(self.sampler.pipe)  # of a pipeline that came accelerated, its own
         return {
             "generator": f"pyvideo-kernels {__version__}",
             "prompt": s.prompt,

@@ -96,6 +96,15 @@ def summary(settings: Settings, device: torch.device, dtype: torch.dtype) -> str
     return f"{len(names)} ops: " + ", ".join(f"{count} {impl}" for impl, count in counts.most_common()) + attention
 
 
+def attention_of(pipe: Any) -> AttentionChoice | None:
+    """What the pipeline's self-attention was asked to be; None: the model's own."""
+    from ..integrations import _models
+    from ..integrations.swap import swapped
+
+    found = (settings.attention for _, model in _models(pipe) for _, _, settings in swapped(model))
+    return next((choice for choice in found if choice is not None), None)
+
+
 def is_accelerated(pipe: Any) -> bool:
     """Whether some module of the pipeline already runs through our ops."""
     from ..integrations import _models

@@ -205,5 +205,12 @@ def test_an_accelerated_pipeline_is_used_as_it_is(pipe: Any) -> None:
         assert is_accelerated(pipe), "it was accelerated before, so it stays so"
         with pytest.raises(UsageError, match="restore"):
             ours(pipe, eager=True)
+        accelerate(pipe, attention={"window": (1, 2, 3), "dense_steps": 1})
+        sparse = ours(pipe)
+        assert sparse.stats["attention"] == {"window": [1, 2, 3], "dense_steps": 1}
+        assert np.abs(sparse.frames - expected).max() > 1e-3
     finally:
         restore(pipe)
+    assert ours(pipe, attention="top_k=1.0,dense_layers=1").stats["attention"] == {
+        "top_k": 1.0, "tile": [4, 4, 4], "dense_layers": 1,
+    }  # fmt: skip
