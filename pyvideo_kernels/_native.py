@@ -122,6 +122,14 @@ def op(name: str, device: str = "cpu") -> Callable[..., Any]:
     return function
 
 
+def part(name: str) -> Callable[..., Any] | None:
+    """A private CPU op that is a part of some implementation; None where it was not built, and torch code serves."""
+    if why_not("cpu"):
+        return None
+    packet = getattr(torch.ops.pyvideo_native, name, None)
+    return None if packet is None else packet.default
+
+
 def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> Any:
     dtypes = _DTYPES[device]
     for arg in itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args):

@@ -73,8 +73,11 @@ def patch_embed3d(
 
 def patch_embed3d_cpu(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int]) -> Tensor:
     """``impl="cpu"``: patches packed once, then one BLAS product in the inputs' dtype (fp32 accumulation)."""
+    from .. import _native
+
     check_linear("patch_embed3d", video, bias)
-    return torch.nn.functional.linear(patchify(video, patch), weight.reshape(weight.shape[0], -1), bias)
+    pack = _native.part("patchify") or patchify
+    return torch.nn.functional.linear(pack(video, patch), weight.reshape(weight.shape[0], -1), bias)
 
 
 def check_linear(op: str, x: Tensor, bias: Tensor | None) -> None:

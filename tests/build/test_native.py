@@ -11,6 +11,7 @@ import torch
 
 from pyvideo_kernels import _native, dispatch
 from pyvideo_kernels.errors import UnsupportedError
+from pyvideo_kernels.reference.patch_embed3d import patchify
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import assert_close, check_op, to_float64
 
@@ -246,6 +247,26 @@ def test_unipc_step_refuses_a_history_of_another_dtype():
     args[4] = [args[4][0].half()]
     with pytest.raises(UnsupportedError, match=r"unipc_step.*float32, bfloat16.*float16"):
         _native.unipc_step(*args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_patchify_packs_any_patch_of_any_view(dtype):
+    pack = _native.part("patchify")
+    g = torch.Generator().manual_seed(11)
+    for patch in ((1, 1, 1), (1, 2, 2), (2, 3, 1), (3, 1, 4), (2, 2, 5)):
+        for tokens in ((1, 1, 1), (2, 3, 5), (3, 1, 7), (1, 0, 2)):
+            sizes = [2, 3, *(n * side for n, side in zip(tokens, patch, strict=True))]
+            base = torch.randn(*(s + 1 for s in sizes), generator=g).to(dtype)
+            cut = base[1:, :-1, 1:, :-1, 1:]
+            for video in (cut, cut.contiguous(), cut.to(memory_format=torch.channels_last_3d), cut.transpose(3, 4)):
+                shape = patch if video.shape == cut.shape else (patch[0], patch[2], patch[1])
+                assert torch.equal(pack(video, shape), patchify(video, shape)), (patch, tokens, video.stride())
+
+
+def test_a_part_that_is_not_there_is_none(monkeypatch):
+    assert _native.part("no_such_part") is None
+    monkeypatch.setattr(_native, "why_not", lambda device="cpu": "not built")
+    assert _native.part("patchify") is None
 
 
 def test_rows_of_a_permuted_and_sliced_view():
