@@ -44,6 +44,7 @@ class Request:
         rounds: timed clips a variant.
         float32: measure errors against the model in float32.
         decode: decode to pixels.
+        seconds: what does not fit is left out (`session.Session`); None: no limit.
     """
 
     model: str = "tiny"
@@ -61,6 +62,7 @@ class Request:
     dtype: str = "auto"
     float32: bool = True
     decode: bool = True
+    seconds: float | None = None
 
     def check(self) -> Request:
         """Refuse what no model could run, before one is loaded."""
@@ -93,6 +95,7 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
         ValueOptionError, UsageError, ModelError: before any work. OutOfMemoryError: the model itself does not fit.
     """
     say = on_event or (lambda name, facts: None)
+    until = None if request.seconds is None else time.monotonic() + request.seconds
     request.check()
     variants = parse_all(request.variants)
     device = _device(request.device)
@@ -123,7 +126,7 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
         fresh = {**result, "rows": session.rows()}
         say(name, {"variant": entry.variant.name, "error": entry.error, "entry": entry, "result": fresh})
 
-    session = Session(source, variants, float32=request.float32, on_event=on_entry)
+    session = Session(source, variants, float32=request.float32, until=until, on_event=on_entry)
     session.run(request.rounds)
     result["rows"] = session.rows()
     del result["interrupted"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,10 @@ from .clips import Clip, Clock, peak_memory, ratios, run_clip, seconds, turns
 from .variants import BEST, Built, Variant, build
 
 OnEvent = Callable[[str, "Entry"], None]
+LEFT_OUT = "left out: "
+"""How the error of a variant begins that would have run, had there been time."""
+_COMPILATION = 60.0
+"""Seconds that compiling a model of true size takes, about."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Session:
         variants: the first one is the base of ratios and quality.
         float32: measure errors against the model in float32.
         clock: what the clips are timed with.
+        until: a `time.monotonic` by which all should be over: a variant that leaves too little for everybody's rounds
+            is left out, and so is a breakdown; eager never is. None: no end.
         on_event: called as things happen: ``warm``, ``failed``, ``round``, ``breakdown``.
     """
 
@@ -81,12 +88,14 @@ class Session:
         *,
         float32: bool = True,
         clock: Clock | None = None,
+        until: float | None = None,
         on_event: OnEvent = lambda event, entry: None,
     ) -> None:
         self.source = source
         self.entries = [Entry(variant) for variant in variants]
         self.float32 = float32
         self.clock = clock or Clock(source.device)
+        self.until = until
         self.on_event = on_event
         self.resident = self.clock.allocated() or 0
         self._frames: np.ndarray | None = None
@@ -108,16 +117,33 @@ class Session:
 
     def _run(self, rounds: int) -> None:
         for entry in self.entries:
-            self._guarded(entry, self.warm)
+            if self._too_late(entry, rounds):
+                entry.error = f"{LEFT_OUT}its rounds and those before it would have ended too late"
+                self.on_event("failed", entry)
+            else:
+                self._guarded(entry, self.warm)
         for number in range(rounds):
             for entry in turns([entry for entry in self.entries if entry.runs], number):
                 self._guarded(entry, self.time)
                 if entry.runs:
                     self.on_event("round", entry)
         for entry in self.entries:
-            if entry.runs:
+            if entry.runs and self._ends_in_time(2 * entry.clips[-1].total):
                 self.look_into(entry)
                 self.on_event("breakdown", entry)
+            elif entry.runs:
+                entry.facts["notes"].append("no breakdown: it would have ended too late")
+
+    def _ends_in_time(self, seconds: float) -> bool:
+        return self.until is None or time.monotonic() + seconds <= self.until
+
+    def _too_late(self, entry: Entry, rounds: int) -> bool:
+        """Whether there is no time to warm this variant and then to time it beside those that are warm."""
+        if entry is self.base or self.base.first is None:
+            return False
+        clips = 1 + rounds * (1 + sum(other.runs for other in self.entries))
+        compilation = _COMPILATION * (entry.variant.compile is not None)
+        return not self._ends_in_time(clips * self.base.first + compilation)
 
     def _guarded(self, entry: Entry, work: Callable[[Entry], None]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -349,6 +350,17 @@ def test_the_best_backend_is_found_once_and_named_in_the_row(source, quick, monk
     assert len(asked) == 1 and "float32_error" not in rows["eager"]["quality"]
     for name in ("eager:backend=best", "ours:backend=best"):
         assert rows[name]["backend"] == "_native_math" and rows[name]["notes"] == ["found"]
+
+
+def test_what_ends_too_late_is_left_out_but_eager_is_not(source, quick):
+    rows, events = _rows(source, "ours", "compile", float32=False, until=time.monotonic())
+    assert rows["eager"]["rounds"] == 3 and rows["eager"]["notes"] == ["no breakdown: it would have ended too late"]
+    assert all(rows[name]["error"].startswith(session.LEFT_OUT) for name in ("ours", "compile"))
+    assert ("failed", "ours") in events and "breakdown" not in rows["eager"]
+    # Between now and in a minute there is time for small clips, and none for a compilation.
+    rows, _ = _rows(source, "ours", "compile", float32=False, until=time.monotonic() + 50)
+    assert "breakdown" in rows["ours"] and list(rows) == ["eager", "ours", "compile"]
+    assert [name for name, row in rows.items() if "error" in row] == ["compile"]
 
 
 def test_no_float32_model_leaves_the_rest(source, quick, monkeypatch):
