@@ -112,11 +112,12 @@ def accelerate(
         for _, model in models:
             if (mark := mark_of(model)) is not None:
                 mark.pipeline = weakref.ref(target)
+    checked: list[Checked] = []
     if settings.impl == "auto":  # an explicit choice runs as it is
         device = None if isinstance(target, nn.Module) else execution_device(target)
         for path, model in models:
-            check_model(model, names[path], device)
-    return Report(type(target).__name__, plan, settings)
+            checked += check_model(model, names[path], device)
+    return Report(type(target).__name__, plan, settings, checked)
 
 
 def warmup(

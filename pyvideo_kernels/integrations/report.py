@@ -5,12 +5,16 @@ from __future__ import annotations
 import collections
 import io
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from .. import dispatch
 from ..attention_choice import ranges
 from ..ops import attention_libraries
 from .swap import Plan, Settings, Swap, fallbacks, seen
+
+if TYPE_CHECKING:
+    from .upfront import Checked
 
 
 class Report:
@@ -21,11 +25,12 @@ class Report:
     ops appear in it too, and replays of a CUDA graph in neither.
     """
 
-    def __init__(self, target: str, plan: Plan, settings: Settings) -> None:
+    def __init__(self, target: str, plan: Plan, settings: Settings, checked: Iterable[Checked] = ()) -> None:
         self.target = target
         self._plan = plan
         self._settings = settings
         self._before = dispatch.calls()
+        self._first = [row for row in checked if row.op == attention_libraries.OP and row.trusted]
 
     @property
     def complete(self) -> bool:
@@ -42,9 +47,20 @@ class Report:
         return out
 
     def attention_kernels(self) -> list[str]:
-        """The library kernels behind the dense attention in ``calls()``: ``cuDNN 9.15.1, ... (bfloat16, ...)``."""
+        """The libraries behind the dense attention in ``calls()``: ``cuDNN 9.15.1, ... (bfloat16, head_dim 128, ...)``.
+
+        Before the first call: what is going to serve it on this card, ours included.
+        """
         ran = self.calls().get(attention_libraries.OP, {})
-        return attention_libraries.served(tuple(ran)) if ran else []
+        if ran:
+            return attention_libraries.served(tuple(ran))
+        choice = self._settings.attention
+        if choice is None or not (
+            choice.base.dense or choice.dense_steps or any(x.dense for x in choice.layers.values())
+        ):
+            return []
+        planned = (attention_libraries.planned(row.impl, row.device, row.dtype, row.head_dim) for row in self._first)
+        return list(dict.fromkeys(planned))
 
     def fallbacks(self) -> dict[str, dict[str, int]]:
         """op -> reason -> how often a call went to the stock code instead, in this target."""
@@ -101,7 +117,7 @@ class Report:
         lines = []
         for op, impls in self.calls().items():
             lines.append(f"{op}: " + ", ".join(f"{impl} {count}" for impl, count in impls.items()))
-        lines += [f"{attention_libraries.OP}: {kernel}" for kernel in self.attention_kernels()]
+        lines += [f"{attention_libraries.OP}, dense: {kernel}" for kernel in self.attention_kernels()]
         for op, reasons in self.fallbacks().items():
             lines.append(f"{op}: fell back " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
         return lines

@@ -209,6 +209,24 @@ def describe_sdpa(device: torch.device, dtype: torch.dtype, head_dim: int = 128)
     return f"cuDNN {_cudnn_version()}, published as faster than PyTorch's own kernels here"
 
 
+def planned(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+    """The kernel that ``impl`` would run for dense attention, in the words of `served`."""
+    size = head_dim or 128
+    if impl == "sdpa":
+        kernel = describe_sdpa(device, dtype, size)
+    elif impl == "flash":
+        from .flash_attention import label, library_for
+
+        kernel = label(library_for(device, dtype, size))
+    else:
+        kernel = f"this package's {impl} kernel"
+    return _line(kernel, device, dtype, size)
+
+
+def _line(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return f"{kernel} ({_name(dtype)}, head_dim {head_dim}, {device})"
+
+
 # Which served -------------------------------------------------------------------------------------------------------
 
 _served: dict[tuple[str, torch.device, torch.dtype, int], str] = {}
@@ -231,7 +249,7 @@ def say(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, kern
 def served(impls: Sequence[str] = ("flash", "sdpa")) -> list[str]:
     """The libraries that served dense attention in this process: ``cuDNN 9.15.1 (bfloat16, head_dim 128, cuda:0)``."""
     return [
-        f"{name} ({_name(dtype)}, head_dim {head_dim}, {device})"
+        _line(name, device, dtype, head_dim)
         for (impl, device, dtype, head_dim), name in _served.items()
         if impl in impls
     ]

@@ -13,6 +13,7 @@ import torch
 
 import pyvideo_kernels as pv
 from pyvideo_kernels import dispatch, known_bad, verdicts, verify
+from pyvideo_kernels.attention_text import choose
 from pyvideo_kernels.errors import DeviceError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.integrations import upfront
 from pyvideo_kernels.integrations.report import Report
@@ -452,7 +453,7 @@ class OnCard:
         before = dispatch.calls()
         dispatch.run(self.op, (*arguments(*args, **options), "auto"))
         after = dispatch.calls()
-        return [impl for (_, impl), count in after.items() if count > before.get((OP.name, impl), 0)]
+        return [impl for (name, impl), n in after.items() if name == OP.name and n > before.get((name, impl), 0)]
 
 
 def test_auto_hands_over_to_what_takes_the_call(card, install, monkeypatch):
@@ -494,7 +495,29 @@ def test_the_report_names_the_kernel_of_the_calls_since(card, install, monkeypat
     auto(*packed())
     assert report.attention_kernels() == ["FlashAttention-3 0.1 (bfloat16, head_dim 64, cpu)"]
     assert report.to_dict()["attention_kernels"] == report.attention_kernels()
-    assert "spacetime_attention: FlashAttention-3 0.1 (bfloat16, head_dim 64, cpu)" in report.plain()
+    assert "spacetime_attention, dense: FlashAttention-3 0.1 (bfloat16, head_dim 64, cpu)" in report.plain()
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [("dense", True), ({"window": (0.5, 0.5, 0.5)}, False), ({"window": (0.5, 0.5, 0.5), "dense_steps": 2}, True)],
+)
+def test_the_report_says_before_the_first_call_what_will_run(cudnn, install, asked, named):
+    settings = Settings(ops=frozenset({OP.name}), attention=choose(asked, "attention"))
+
+    def said():
+        checked = upfront.check([OP.name], CARD, HALF, 128)
+        return Report("model", Plan(), settings, checked).attention_kernels()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "self_check", lambda *of: True)
+        patch.setattr(dispatch, "_capturing", lambda device: False)
+        first = said()
+        install("4")
+        second = said()
+    faster = "cuDNN 9.15.1, published as faster than PyTorch's own kernels here"
+    assert first == ([f"{faster} (bfloat16, head_dim 128, cuda:0)"] if named else [])
+    assert second == (["FlashAttention-4 0.1 (bfloat16, head_dim 128, cuda:0)"] if named else [])
 
 
 def test_doctor_shows_each_card_and_dtype(card, cudnn, install, monkeypatch):
