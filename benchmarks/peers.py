@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import peers_attention, peers_other
+from . import peers_attention, peers_other, peers_sparse
 from .peer import Peer as Peer
 from .peer import installed
 
@@ -16,6 +16,8 @@ def peers_for(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Pe
     """Every peer of ``op`` by name, those that cannot run on ``device`` in ``dtype`` with ``why_not``."""
     if op == "spacetime_attention":
         found = peers_attention.peers(device, dtype)
+    elif op == "block_sparse_attention":
+        found = peers_sparse.peers(device, dtype)
     elif op in peers_other.OPS:
         found = peers_other.OPS[op](device, dtype)
     else:
