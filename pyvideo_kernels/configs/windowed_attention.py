@@ -154,20 +154,21 @@ def select_backward(
     if arch == "cpu":
         return config(64, 64, 4, 1)
     if itemsize == 4:
-        return config(16, 16, 4, 1)
+        return config(32 if of == "dq" else 16, 16, 8, 1)
     if arch.startswith("gfx"):
         return config(32, 32, 4, 1)
     if arch in ("sm_100", "sm_103"):
         if of == "dq":
             return config(128, 64, 8, 2) if small else config(64, 32, 4, 2)
-        return config(32, 64, 8, 2 if small else 1)
+        return config(32, 64, 8, 2) if small else config(64, 64, 8, 1)
     if arch == "sm_90":
         if of == "dq":
             return config(128 if small else 64, 64, 8, 2)
         return config(32, 64, 8, 2)
     if of == "dq":
         return config(64, 32, 4, 2) if small else config(64, 64, 8, 2)
-    return config(64, 32, 8, 2) if small else config(32, 64, 8, 2)
+    # Of 64 keys a program, the two accumulators and two score tiles are at the limit of what sm_80 has registers for.
+    return config(64, 32, 8, 2) if small or arch == "sm_80" else config(32, 64, 8, 2)
 
 
 @select_backward.legality
