@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyvideo_kernels.reference.spacetime_attention import axis_window
+
 
 def layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
@@ -92,9 +94,31 @@ def final_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: T
     return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def spacetime_attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+# Elements of a mask at a time: 1 GiB, the whole of it at Wan's 480p.
+_MASK = 1 << 30
+
+
+def spacetime_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Any = None, window: Any = None, stride: Any = (1, 1, 1), **_: Any
+) -> Tensor:
+    """SDPA; with a window under its mask, which is what there is without a kernel for windows."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if window is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    at = torch.meshgrid(*(torch.arange(n, device=q.device) for n in grid), indexing="ij")
+    axes = [
+        (place.flatten(), *axis_window(n, size, step, False, q.device))
+        for place, n, size, step in zip(at, grid, window, stride, strict=True)
+    ]
+    rows = max(1, _MASK // q.shape[2])
+    parts = []
+    for start in range(0, q.shape[2], rows):
+        mask = torch.ones((), dtype=torch.bool, device=q.device)
+        for place, first, last in axes:
+            mine = place[start : start + rows, None]
+            mask = mask & (place >= first[mine]) & (place <= last[mine])
+        parts.append(F.scaled_dot_product_attention(q[:, :, start : start + rows], k, v, attn_mask=mask))
+    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def _tiled(x: Tensor, grid: Any, tile: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pyvideo_kernels as pv
+from pyvideo_kernels.ops.attention_cost import Cost, spacetime_attention_cost
 
 from . import eager, shapes
 from .shapes import Shapes
@@ -214,18 +215,30 @@ def _final_bytes(grid: Any, width: int, channels: int, dtype: torch.dtype) -> in
 # Attention ----------------------------------------------------------------------------------------------------
 
 
-def _attention_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: Any, text: int = 0) -> dict[str, Any]:
+def _attention_inputs(
+    grid: Any, heads: int, head_dim: int, dtype: Any, device: Any, text: int = 0, window: Any = None, stride: Any = None
+) -> dict[str, Any]:
     q, k, v = (_rand(1, prod(grid) + text, heads, head_dim, dtype=dtype, device=device) for _ in range(3))
-    inputs = {"q": q, "k": k, "v": v, "grid": grid}
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v, "grid": grid}
+    if window is not None:
+        inputs |= {"window": window, "stride": stride or (1, 1, 1)}
     return {**inputs, "text_len": text, "text_side": "prefix"} if text else inputs
 
 
-def _attention_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype, text: int = 0) -> int:
-    return 4 * (prod(grid) + text) * heads * head_dim * dtype.itemsize
+def _attention_cost(
+    grid: Any, heads: int, head_dim: int, text: int = 0, window: Any = None, stride: Any = None, itemsize: int = 2
+) -> Cost:
+    return spacetime_attention_cost(
+        grid, heads, head_dim, window, stride=stride or (1, 1, 1), text_len=text, itemsize=itemsize
+    )
 
 
-def _attention_flops(grid: Any, heads: int, head_dim: int, text: int = 0) -> float:
-    return 4.0 * (prod(grid) + text) ** 2 * heads * head_dim
+def _attention_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype, **sizes: Any) -> int:
+    return _attention_cost(grid, heads, head_dim, itemsize=dtype.itemsize, **sizes).bytes
+
+
+def _attention_flops(grid: Any, heads: int, head_dim: int, **sizes: Any) -> float:
+    return float(_attention_cost(grid, heads, head_dim, **sizes).flops)
 
 
 def _boxes(grid: Any, tile: Any) -> int:

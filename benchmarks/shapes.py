@@ -90,8 +90,20 @@ ATTENTION_GPU: Shapes = {
     "hunyuan-720p": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128},
     "ltx-512p": {"grid": LTX_512P, "heads": 32, "head_dim": 64},
     "cogvideox-480p": {"grid": COG_480P, "heads": 48, "head_dim": 64, "text": COG_TEXT},
+    # Windows that leave out the named share of all pairs. In tiles: a stride, as sliding tile attention has it.
+    "wan-1.3b-480p-window-50%": {"grid": WAN_480P, "heads": 12, "head_dim": 128, "window": (21, 20, 39)},
+    "wan-1.3b-480p-window-80%": {"grid": WAN_480P, "heads": 12, "head_dim": 128, "window": (15, 15, 29)},
+    "wan-1.3b-480p-window-91%": {"grid": WAN_480P, "heads": 12, "head_dim": 128, "window": (9, 15, 22)},
+    "hunyuan-720p-window-50%": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128, "window": (24, 36, 68)},
+    "hunyuan-720p-window-80%": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128, "window": (18, 24, 54)},
+    "hunyuan-720p-window-91%": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128, "window": (18, 24, 24)},
+    "hunyuan-720p-tiles-91%": {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128, "window": (18, 24, 24),
+                               "stride": (6, 8, 8)},
+}  # fmt: skip
+ATTENTION_CPU: Shapes = {
+    "wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128},
+    "wan-1.3b-256-window-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "window": (3, 9, 9)},
 }
-ATTENTION_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128}}
 
 # Blocks of 64 tokens, boxes as in VSA, and of 128; lists hold so many that ``sparsity`` of all blocks are left out.
 _WAN_1B_HEADS = {"grid": WAN_480P, "heads": 12, "head_dim": 128}
