@@ -7,6 +7,7 @@ the documentation) makes nothing stale.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -36,16 +37,8 @@ _FIRST = (
     "gate_residual_norm_modulate",
     "layer_norm_modulate",
 )
-_HARNESS = (
-    "registry.py", "shapes.py", "eager.py", "timing.py", "backends.py", "ops.py", "ops_row.py", "baselines.py",
-    "agreement.py",
-    "peer.py", "peers.py", "peers_attention.py", "peers_other.py", "peers_torch.py",
-)  # fmt: skip
-_TUNER = ("registry.py", "shapes.py", "timing.py", "backends.py", "tune.py", "tune_search.py", "launches.py")
-_CLIPS = (
-    "e2e.py", "session.py", "variants.py", "clips.py", "quality.py", "timing.py", "profile.py", "op_classes.py",
-    "models.py", "architecture.py", "families.py", "random_weights.py",
-)  # fmt: skip
+# Keeps and shows results: no number depends on it.
+_SHOWS = ("results", "ops_table", "tables", "console", "statements", "compare", "plots", "numbers")
 
 
 @dataclass(frozen=True)
@@ -145,8 +138,23 @@ def families() -> dict[str, list[str]]:
     return {name: [op for op in ENTRIES if _forward(op) == name] for name in ordered}
 
 
-def _files(names: Iterable[str]) -> tuple[Path, ...]:
-    return tuple(ROOT / "benchmarks" / name for name in names)
+@functools.cache
+def measuring(*modules: str) -> tuple[Path, ...]:
+    """The files of these modules and of all that they import here, inside functions too, but for what shows results."""
+    found: dict[str, Path] = {}
+    todo = list(modules)
+    while todo:
+        name = todo.pop()
+        path = ROOT / "benchmarks" / f"{name}.py"
+        if name in found or name in _SHOWS or not path.is_file():
+            continue
+        found[name] = path
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom):
+                module = (node.module or "").removeprefix("pyvideo_kernels.benchmarks").lstrip(".")
+                if node.level == 1 or module != (node.module or ""):
+                    todo += [module] if module else [alias.name for alias in node.names]
+    return tuple(found[name] for name in sorted(found))
 
 
 def plan(*, dry: bool = False) -> list[Slice]:
@@ -160,7 +168,7 @@ def plan(*, dry: bool = False) -> list[Slice]:
         dry: the same slices on tiny shapes.
     """
     ops, tests = families(), ROOT / "tests" / "ops"
-    out = [Slice("environment", "environment", f"{RUNS}:environment", 15, files=_files(("timing.py", "backends.py")))]
+    out = [Slice("environment", "environment", f"{RUNS}:environment", 15, files=measuring("timing"))]
     for op in ops:
         out.append(
             Slice(
@@ -178,12 +186,12 @@ def plan(*, dry: bool = False) -> list[Slice]:
         if "triton" in OPS[op].impls:
             out.append(
                 Slice(
-                    f"tune-{op}", "tune", f"{RUNS}:tune", _TUNING.get(op, 60), {"ops": entries}, _files(_TUNER),
+                    f"tune-{op}", "tune", f"{RUNS}:tune", _TUNING.get(op, 60), {"ops": entries}, measuring("tune"),
                     ops=(op,), tuned=False, least=40,
                 )
             )  # fmt: skip
         parameters = {"ops": entries, "dtype": "bf16"}
-        out.append(Slice(f"ops-{op}", "ops", f"{RUNS}:ops", _OPS.get(op, 40), parameters, _files(_HARNESS), ops=(op,)))
+        out.append(Slice(f"ops-{op}", "ops", f"{RUNS}:ops", _OPS.get(op, 40), parameters, measuring("ops"), ops=(op,)))
     out.append(_clip("e2e-wan2.1-14b-480p", 400, dry, model="wan2.1-14b", variants=("eager", "ours", "compile"),
                      steps=2, decode=False, float32=False))  # fmt: skip
     out.append(_decode("decode-wan2.1-720p", 270, dry, ("eager", "ours"), height=720, width=1280))
@@ -208,9 +216,10 @@ def _clip(name: str, seconds: float, dry: bool, ops: Iterable[str] = (), **param
     parameters = {**_CLIP, **parameters}
     if dry:
         parameters |= {**_DRY_CLIP, "variants": ("eager", "ours")}
+    architecture = ROOT / "benchmarks" / "architectures" / f"{parameters['model']}.json"
     return Slice(
-        name, "e2e", f"{RUNS}:e2e", seconds, parameters, _files(_CLIPS), ops=tuple(ops or families()),
-        needs=("diffusers", "transformers"), alone=True,
+        name, "e2e", f"{RUNS}:e2e", seconds, parameters, (*measuring("e2e"), architecture),
+        ops=tuple(ops or families()), needs=("diffusers", "transformers"), alone=True,
     )  # fmt: skip
 
 

@@ -303,6 +303,27 @@ def test_a_result_depends_on_the_op_s_sources_and_tuned_configurations(tmp_path,
     assert changed == {"correctness-rms_norm", "ops-rms_norm"} | {n for n in plan if n.startswith("e2e")}
 
 
+def test_a_result_depends_on_what_measures_it_and_not_on_what_shows_it():
+    names = {root: {path.stem for path in slices.measuring(root)} for root in ("ops", "tune", "e2e")}
+    shared = {"timing", "backends"}
+    assert names["ops"] >= shared | {
+        "ops_row",
+        "registry",
+        "shapes",
+        "eager",
+        "baselines",
+        "agreement",
+        "peer",
+        "peers",
+    }
+    assert names["ops"] >= {path.stem for path in (ROOT / "benchmarks").glob("peers_*.py")}  # a new one counts too
+    assert names["tune"] >= shared | {"tune_search", "launches", "registry", "shapes"} and "e2e" not in names["tune"]
+    assert names["e2e"] >= shared | {"session", "attention_choice", "quality", "profile", "random_weights", "families"}
+    assert not set().union(*names.values()) & {"tables", "plots", "numbers", "results", "campaign", "cli"}
+    (clip,) = (each for each in slices.plan() if each.name == "e2e-wan2.1-14b-480p")
+    assert ROOT / "benchmarks" / "architectures" / "wan2.1-14b.json" in clip.files
+
+
 def test_only_names_slices_patterns_and_groups():
     plan = slices.plan()
     assert [each.name for each in campaign.select(plan, ["environment"])] == ["environment"]
