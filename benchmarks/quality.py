@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvideo_kernels.errors import PyVideoError
+from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps
 
 from .variants import map_tensors, sharing_copy
 
@@ -150,9 +151,9 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def velocity(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """What ``model`` predicts for these arguments."""
+    """What ``model`` predicts for these arguments, with the attention of most steps if its first ones are dense."""
     args, kwargs = call
-    with torch.no_grad():
+    with torch.no_grad(), past_dense_steps(model):
         out = model(*args, **kwargs)
     tensor = out[0] if isinstance(out, (tuple, list)) else out.sample
     return tensor.detach().clone()

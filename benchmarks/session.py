@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyvideo_kernels import dispatch
 from pyvideo_kernels.errors import UnsupportedError
+from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps
 
 from . import quality
 from .attention_choice import Choice, choose
@@ -271,8 +272,10 @@ class Session:
             return {}
 
         def step() -> Tensor:
-            # The first of as many steps as are timed: a schedule of one step is another, in LTX one of NaN.
-            latents: Tensor = pipe(**self.source.inputs(), callback_on_step_end=stop)[0]
+            # The first of as many steps as are timed: a schedule of one step is another, in LTX one of NaN. Where the
+            # first steps are dense and the others not, it runs as the others do.
+            with past_dense_steps(pipe.transformer, getattr(pipe, "transformer_2", None)):
+                latents: Tensor = pipe(**self.source.inputs(), callback_on_step_end=stop)[0]
             return latents
 
         try:

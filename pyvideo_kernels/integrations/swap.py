@@ -104,6 +104,8 @@ class Mark:
         self.methods: dict[str, Any] = {}
         # Whether the denoising step that is running is a dense one; None: no step is known.
         self.dense_step: bool | None = None
+        # What to take every step for, whatever the pipeline says; None: what it says.
+        self.every_step: bool | None = None
         # A weak reference to the pipeline that was accelerated, whose scheduler can say the step. Not of a copy.
         self.pipeline: Any = None
 

@@ -9,8 +9,10 @@ from torch._dynamo.testing import CompileCounter
 
 import pyvideo_kernels as pv
 from pyvideo_kernels.attention_text import choose
+from pyvideo_kernels.benchmarks import quality
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.integrations import swap
+from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps
 
 from .attention_helpers import FIRST_STEP, LATER_STEP, WINDOW, Recorder, inputs, model_of
 from .helpers import run
@@ -196,3 +198,19 @@ def test_warmup_runs_both_kinds_of_step(recorder):
     pv.warmup(model, shapes=(80, 96, 9))
     assert recorder.take() == ["dense"] * 2 + [WINDOW] * 2
     assert not report.fallbacks()
+
+
+def test_what_is_measured_of_a_step_is_what_most_steps_run(recorder):
+    model, arguments = model_of(), inputs()
+    report = pv.accelerate(model, attention={"window": WINDOW, "dense_steps": 1}, strict=True)
+    with past_dense_steps(model, None):
+        run(model, arguments)
+        with model.cache_context("cond", **FIRST_STEP):
+            run(model, arguments)
+        run(model, arguments)
+    assert recorder.take() == [WINDOW] * 6 and not report.fallbacks()
+    with model.cache_context("cond", **FIRST_STEP):
+        run(model, arguments)
+    assert recorder.take() == ["dense"] * 2
+    quality.velocity(model, ((), arguments | {"return_dict": False}))
+    assert recorder.take() == [WINDOW] * 2

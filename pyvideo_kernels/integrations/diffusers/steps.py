@@ -31,13 +31,27 @@ def cache_context(self: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
         step, count = kwargs.get("step_index"), kwargs.get("num_inference_steps")
         if step is None:
             step, count = _from_scheduler(self, mark.pipeline)
-        mark.dense_step = mark.settings.attention.dense_at(step, count)
+        told = mark.settings.attention.dense_at(step, count)
+        mark.dense_step = told if mark.every_step is None else mark.every_step
     try:
         with context:
             yield
     finally:
         if mark is not None:
-            mark.dense_step = None
+            mark.dense_step = mark.every_step
+
+
+@contextmanager
+def past_dense_steps(*models: Any) -> Iterator[None]:
+    """Inside, ``models`` run what they run after their dense steps, in whatever step they are; for measurements."""
+    marks = [mark for model in models if isinstance(model, nn.Module) and (mark := mark_of(model)) is not None]
+    for mark in marks:
+        mark.every_step = mark.dense_step = False
+    try:
+        yield
+    finally:
+        for mark in marks:
+            mark.every_step = mark.dense_step = None
 
 
 def _from_scheduler(model: nn.Module, pipeline: Any) -> tuple[int | None, int | None]:
