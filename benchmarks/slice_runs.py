@@ -121,10 +121,11 @@ def e2e(job: Job) -> Outcome:
 
     seconds = max(1.0, job.seconds - _CLIP_MARGIN)
     result = bench.run(bench.Request(random_weights=True, device=job.device, seconds=seconds, **job.parameters))
+    late = [row["variant"] for row in result["rows"] if row.get("error", "").startswith(LEFT_OUT)]
+    result["rows"] = [row for row in result["rows"] if row["variant"] not in late]
     job.write(result)
     good = [row for row in result["rows"] if "error" not in row]
-    late = [row["variant"] for row in result["rows"] if row.get("error", "").startswith(LEFT_OUT)]
-    wrong = [row for row in result["rows"] if "error" in row and row["variant"] not in late]
+    wrong = [row for row in result["rows"] if "error" in row]
     phase = "decode" if job.out.stem.startswith("decode") else "step"
     text = ", ".join(f"{row['variant']} {row['seconds'][phase]['median']:.3f} s" for row in good)
     text = f"{phase}: {text}" + (f"; {wrong[0]['variant']}: {wrong[0]['error']}"[:120] if wrong else "")

@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from pyvideo_kernels import collect_env, dispatch
-from pyvideo_kernels.benchmarks import campaign, campaign_state, correctness, launches, numbers, results, slices
+from pyvideo_kernels.benchmarks import (
+    campaign,
+    campaign_state,
+    correctness,
+    e2e,
+    launches,
+    numbers,
+    results,
+    session,
+    slice_process,
+    slice_runs,
+    slices,
+)
 from pyvideo_kernels.benchmarks.campaign_state import State
 from pyvideo_kernels.benchmarks.registry import ENTRIES
 from pyvideo_kernels.benchmarks.slices import Slice
@@ -263,6 +275,21 @@ def test_ctrl_c_does_so_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(campaign.Campaign, "report", lambda self: None)
     assert campaign.main(["--device", "cpu", "--dry", "--out", str(tmp_path), "--resume"]) == 0
     assert "3 done;" in capsys.readouterr().out
+
+
+def test_variants_without_time_are_no_rows_and_leave_the_slice_unfinished(tmp_path, monkeypatch):
+    rows = [
+        {"variant": "eager", "seconds": {"step": {"median": 0.5}}},
+        {"variant": "compile", "error": f"{session.LEFT_OUT}too late"},
+        {"variant": "ours", "error": "OutOfMemoryError: full"},
+    ]
+    asked = []
+    monkeypatch.setattr(e2e, "run", lambda request: asked.append(request) or {"rows": list(rows)})
+    job = slice_process.Job(tmp_path / "e2e-x.json", "cpu", True, {"model": "tiny-random-wan"}, 100.0)
+    outcome = slice_runs.e2e(job)
+    assert (outcome.red, outcome.unfinished) == (1, True) and "no time for compile" in outcome.summary
+    assert [row["variant"] for row in json.loads(job.out.read_text())["rows"]] == ["eager", "ours"]
+    assert 0 < asked[0].seconds < 100
 
 
 # The plan ----------------------------------------------------------------------------------------------------
