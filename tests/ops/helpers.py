@@ -23,7 +23,7 @@ def implementations(name):
     rows = []
     for impl in op.impls:
         if impl in ("reference", "flash"):
-            continue  # the oracle itself; what may be installed, which test_attention_libraries has
+            continue  # the oracle itself; what may be installed, which test_flash_attention has
         if impl == "triton":
             rows += [
                 pytest.param(impl, DEVICE, dtype, id=f"triton-{DEVICE}-{dtype}", marks=ON_DEVICE)
