@@ -27,23 +27,27 @@ struct Args {
   Norm norm;
   bool centre;
   bool interleaved;
+  bool packed;          // the heads of a token of x lie one after another
+  bool angles_by_head;  // else all heads of a token share them
   float eps;
 };
 
-// x <- (x - mean) * rstd * weight + bias over n values that share one statistic.
-PYVIDEO_INLINE void normalise(float* __restrict x, int64_t n, const float* __restrict weight,
+// x <- (x - mean) * rstd * weight + bias over n values that share one statistic; `total` is their sum, or their sum of
+// squares where they are not centred.
+PYVIDEO_INLINE void normalise(float* __restrict x, float total, int64_t n, const float* __restrict weight,
                               const float* __restrict bias, bool centre, float eps) {
-  const float mean = centre ? sum(x, n) / static_cast<float>(n) : 0.0f;
-  const float variance = sum_of_squares(x, mean, n) / static_cast<float>(n);
+  const float mean = centre ? total / static_cast<float>(n) : 0.0f;
+  const float variance = (centre ? sum_of_squares(x, mean, n) : total) / static_cast<float>(n);
   const float rstd = 1.0f / std::sqrt(variance + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = (x[i] - mean) * rstd;
-  }
-  if (weight != nullptr) {
+  if (weight == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      x[i] *= weight[i];
+      x[i] = (x[i] - mean) * rstd;
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = (x[i] - mean) * rstd * weight[i];
     }
   }
   if (bias != nullptr) {
@@ -54,64 +58,122 @@ PYVIDEO_INLINE void normalise(float* __restrict x, int64_t n, const float* __res
   }
 }
 
-// Pairs (2i, 2i + 1): cos is read at even and sin at odd indices.
-PYVIDEO_INLINE void rotate_interleaved(float* __restrict x, const float* __restrict c, const float* __restrict s,
-                                       int64_t pairs) {
+// Values widened, and their sum or sum of squares, in one pass.
+template <class T>
+PYVIDEO_INLINE float load_and_sum(const T* __restrict in, int64_t n, float* __restrict out, bool squares) {
+  if (!squares) {
+    return sum_of(n, [&](int64_t i) PYVIDEO_INLINE_LAMBDA { return out[i] = to_float(in[i]); });
+  }
+  return sum_of(n, [&](int64_t i) PYVIDEO_INLINE_LAMBDA {
+    const float x = to_float(in[i]);
+    out[i] = x;
+    return x * x;
+  });
+}
+
+// The angles of a head as rotation takes them: every pair's cosine twice, its sine once with a minus.
+struct Angles {
+  float* cos;
+  float* sin;
+
+  // Pairs (2i, 2i + 1): cos is read at even and sin at odd indices.
+  PYVIDEO_INLINE void interleave(const float* __restrict c, const float* __restrict s, int64_t pairs) {
+    float* __restrict cs = cos;
+    float* __restrict sn = sin;
+#pragma omp simd
+    for (int64_t i = 0; i < pairs; ++i) {
+      cs[2 * i] = c[2 * i];
+      cs[2 * i + 1] = c[2 * i];
+      sn[2 * i] = -s[2 * i + 1];
+      sn[2 * i + 1] = s[2 * i + 1];
+    }
+  }
+};
+
+template <class T>
+PYVIDEO_INLINE void rotate_interleaved(const float* __restrict x, const float* __restrict c, const float* __restrict s,
+                                       int64_t pairs, T* __restrict out) {
 #pragma omp simd
   for (int64_t i = 0; i < pairs; ++i) {
     const float a = x[2 * i];
     const float b = x[2 * i + 1];
-    x[2 * i] = a * c[2 * i] - b * s[2 * i + 1];
-    x[2 * i + 1] = a * s[2 * i + 1] + b * c[2 * i];
+    out[2 * i] = from_float<T>(a * c[2 * i] + b * s[2 * i]);
+    out[2 * i + 1] = from_float<T>(b * c[2 * i + 1] + a * s[2 * i + 1]);
   }
 }
 
 // Pairs (i, i + half): both tables are read in their first half.
-PYVIDEO_INLINE void rotate_half(float* __restrict low, float* __restrict high, const float* __restrict c,
-                                const float* __restrict s, int64_t half) {
+template <class T>
+PYVIDEO_INLINE void rotate_half(const float* __restrict x, const float* __restrict c, const float* __restrict s,
+                                int64_t half, T* __restrict out) {
+  const float* __restrict high = x + half;
+  T* __restrict out_high = out + half;
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    const float a = low[i];
-    const float b = high[i];
-    low[i] = a * c[i] - b * s[i];
-    high[i] = a * s[i] + b * c[i];
+    out[i] = from_float<T>(x[i] * c[i] - high[i] * s[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    out_high[i] = from_float<T>(x[i] * s[i] + high[i] * c[i]);
   }
 }
 
-// `scratch` holds the token's row and a row of each table.
+// `scratch` holds the token's row, a row of each table and its angles.
 template <class T>
 PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t width = a.heads * a.head_dim;
   FloatRow cos{scratch + width};
   FloatRow sin{scratch + width + a.head_dim};
+  Angles angles{scratch + width + 2 * a.head_dim, scratch + width + 3 * a.head_dim};
   for (int64_t token = begin; token < end; ++token) {
-    for (int64_t h = 0; h < a.heads; ++h) {
-      load_row(reinterpret_cast<const T*>(a.x.row(token * a.heads + h)), a.head_dim, scratch + h * a.head_dim);
-    }
-    if (a.norm == Norm::across_heads) {
-      normalise(scratch, width, a.weight, a.bias, a.centre, a.eps);
-    } else if (a.norm == Norm::per_head) {
+    const int64_t first_head = token * a.heads;
+    if (a.norm == Norm::across_heads && a.packed) {
+      const float total = load_and_sum(reinterpret_cast<const T*>(a.x.row(first_head)), width, scratch, !a.centre);
+      normalise(scratch, total, width, a.weight, a.bias, a.centre, a.eps);
+    } else {
+      float total = 0;
       for (int64_t h = 0; h < a.heads; ++h) {
-        normalise(scratch + h * a.head_dim, a.head_dim, a.weight, a.bias, a.centre, a.eps);
+        float* x = scratch + h * a.head_dim;
+        const T* in = reinterpret_cast<const T*>(a.x.row(first_head + h));
+        if (a.norm == Norm::none) {
+          load_row(in, a.head_dim, x);
+          continue;
+        }
+        const float head = load_and_sum(in, a.head_dim, x, !a.centre);
+        total += head;
+        if (a.norm == Norm::per_head) {
+          normalise(x, head, a.head_dim, a.weight, a.bias, a.centre, a.eps);
+        }
+      }
+      if (a.norm == Norm::across_heads) {
+        normalise(scratch, total, width, a.weight, a.bias, a.centre, a.eps);
       }
     }
     const int64_t batch = token / a.tokens;
     const int64_t position = token - batch * a.tokens;
-    if (a.cos.data != nullptr && position >= a.start && position < a.stop) {
-      const int64_t first = (batch * (a.stop - a.start) + position - a.start) * a.heads;
-      for (int64_t h = 0; h < a.heads; ++h) {
-        const float* c = cos.get(a.cos, first + h, a.head_dim);
-        const float* s = sin.get(a.sin, first + h, a.head_dim);
-        float* x = scratch + h * a.head_dim;
+    const bool rotated = a.cos.data != nullptr && position >= a.start && position < a.stop;
+    const int64_t first_angle = (batch * (a.stop - a.start) + position - a.start) * a.heads;
+    const float* c = nullptr;
+    const float* s = nullptr;
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const float* x = scratch + h * a.head_dim;
+      T* out = reinterpret_cast<T*>(a.out.mutable_row(first_head + h));
+      if (!rotated) {
+        store_row(x, a.head_dim, out);
+        continue;
+      }
+      if (h == 0 || a.angles_by_head) {
+        c = cos.get(a.cos, first_angle + h, a.head_dim);
+        s = sin.get(a.sin, first_angle + h, a.head_dim);
         if (a.interleaved) {
-          rotate_interleaved(x, c, s, a.head_dim / 2);
-        } else {
-          rotate_half(x, x + a.head_dim / 2, c, s, a.head_dim / 2);
+          angles.interleave(c, s, a.head_dim / 2);
         }
       }
-    }
-    for (int64_t h = 0; h < a.heads; ++h) {
-      store_row(scratch + h * a.head_dim, a.head_dim, reinterpret_cast<T*>(a.out.mutable_row(token * a.heads + h)));
+      if (a.interleaved) {
+        rotate_interleaved(x, angles.cos, angles.sin, a.head_dim / 2, out);
+      } else {
+        rotate_half(x, c, s, a.head_dim / 2, out);
+      }
     }
   }
 }
@@ -172,6 +234,9 @@ void one(const char* name, const Tensor& x, const char* weight_name, const std::
   a.norm = o.norm;
   a.centre = o.centre;
   a.interleaved = o.interleaved;
+  a.packed = a.heads == 1 || x.stride(2) == a.head_dim;
+  const auto by_head = [](const std::optional<Tensor>& t) { return t.has_value() && t->dim() == 4 && t->size(2) > 1; };
+  a.angles_by_head = by_head(o.cos) || by_head(o.sin);
   a.eps = o.eps;
   const int64_t values = o.norm == Norm::across_heads ? a.heads * a.head_dim : a.head_dim;
   a.weight = float_vector(op, weight_name, weight, values, weight_storage);
@@ -179,7 +244,7 @@ void one(const char* name, const Tensor& x, const char* weight_name, const std::
   a.out = rows_like(op, name, out, shape);
   const int64_t width = a.heads * a.head_dim;
   parallel_rows(shape[0] * a.tokens, width, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(width + 2 * a.head_dim));
+    std::vector<float> scratch(static_cast<size_t>(width + 4 * a.head_dim));
     (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
   });
 }
