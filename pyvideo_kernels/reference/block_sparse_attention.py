@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,35 +34,34 @@ def block_sparse_attention(
     out = torch.zeros((b, s, heads, head_dim), dtype=dtype, device=q.device)
     lse = torch.full((b, heads, s), -math.inf, dtype=dtype, device=q.device)
     block, place = blocks_of(grid, tile, q.device)
-    real = torch.ones(s, dtype=torch.bool, device=q.device)
-    if kv_block_lens is not None:
-        real = place < kv_block_lens[block]
     blocks = block_counts.shape[-1]
-    listed = block_indices.clamp(0, max(blocks - 1, 0)).long()
-    # How often a block is listed: twice means counted twice.
-    ordinal = torch.arange(listed.shape[-1], device=q.device)
-    times = torch.zeros(*block_counts.shape, blocks, dtype=dtype, device=q.device)
-    times.scatter_add_(-1, listed, (ordinal < block_counts[..., None]).to(dtype))
-    group = heads // k.shape[2]
-    for i in range(b):
-        keys = up(k[i], dtype).repeat_interleave(group, 1).permute(1, 2, 0)  # [heads, D, S]
-        values = up(v[i], dtype).repeat_interleave(group, 1).transpose(0, 1)  # [heads, S, D]
-        for j in range(blocks):
-            mine = (block == j).nonzero().squeeze(1)
-            seen = times[i, :, j][:, block] * real  # [heads, S]
-            # Padding may hold anything, and 0 times NaN is NaN.
-            some = (seen > 0).any(0).nonzero().squeeze(1)
-            if not len(some):
-                continue
-            weight = seen[:, some][:, None]  # [heads, 1, keys]
-            scores = torch.matmul(up(q[i, mine], dtype).transpose(0, 1), keys[:, :, some]) * scale
-            scores = torch.where(weight > 0, scores + weight.clamp(min=1).log(), -math.inf)
-            top = scores.amax(-1, keepdim=True)
-            part = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
-            total = part.sum(-1, keepdim=True)
-            mixed = torch.matmul(part / torch.where(total == 0, 1.0, total), values[:, some])
-            out[i, mine] = mixed.transpose(0, 1)
-            lse[i, :, mine] = (top + torch.log(total)).squeeze(-1)
+    # The token at each place of each block; past an edge of the grid there is none.
+    token = torch.full((blocks, math.prod(tile)), -1, device=q.device)
+    token[block, place] = torch.arange(s, device=q.device)
+    real = token >= 0
+    if kv_block_lens is not None:
+        real &= torch.arange(token.shape[1], device=q.device) < kv_block_lens[:, None]
+    lists = block_indices.clamp(0, blocks - 1).long()
+    counts = block_counts.clamp(0, lists.shape[-1])
+    kv_head = (torch.arange(heads, device=q.device) // (heads // k.shape[2]))[:, None]
+    for i, j in itertools.product(range(b), range(blocks)):
+        longest = int(counts[i, :, j].max())
+        if not longest:
+            continue
+        rows = token[j][token[j] >= 0]
+        listed = lists[i, :, j, :longest]  # [heads, listed]
+        seen = real[listed] & (torch.arange(longest, device=q.device) < counts[i, :, j, None])[..., None]
+        keys, seen = token[listed].clamp(min=0).flatten(1), seen.flatten(1)  # [heads, keys]
+        scores = torch.matmul(up(q[i, rows], dtype).transpose(0, 1), up(k[i, keys, kv_head], dtype).mT) * scale
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+        top = scores.amax(-1, keepdim=True)
+        part = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+        total = part.sum(-1, keepdim=True)
+        # Padding may hold anything, and 0 times NaN is NaN.
+        values = up(v[i, keys, kv_head], dtype).masked_fill(~seen[..., None], 0.0)
+        mixed = torch.matmul(part / torch.where(total == 0, 1.0, total), values)
+        out[i, rows] = mixed.transpose(0, 1)
+        lse[i, :, rows] = (top + torch.log(total)).squeeze(-1)
     if coarse is not None and gate is not None:
         out = out + up(gate, dtype) * up(coarse, dtype).transpose(1, 2)[:, block]
     return out.to(q.dtype), lse if return_lse else lse.new_empty((0,))
