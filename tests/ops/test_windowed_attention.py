@@ -317,3 +317,27 @@ def test_boxes_hold_what_they_should():
         assert math.prod(sides) == tokens and sum(sides) <= 31
     with pytest.raises(ValueError, match="31 in all"):
         WindowConfig(1, 1, 16, 1, 1, 32, 16, 4, 1)
+
+
+def test_candidates_are_what_a_launch_may_take():
+    from pyvideo_kernels.configs import tuned
+    from pyvideo_kernels.configs.windowed_attention import candidates, candidates_backward, select_backward
+
+    size = {"head_dim": 128, "itemsize": 2, "t": 21, "h": 30, "w": 52}
+    forward = {"op": "spacetime_attention", "aligned": True, **size}
+    backward = {"op": "spacetime_attention_backward", "of": "dkv", **size}
+    for arch, family, found, key in (
+        ("sm_90", select, candidates, forward),
+        ("sm_80", select, candidates, {**forward, "aligned": False}),
+        ("sm_90", select_backward, candidates_backward, backward),
+    ):
+        configs = found(arch, **key)
+        assert configs[0] == family.rule(arch, **key) and 10 < len(configs) <= 40 and len(set(configs)) == len(configs)
+        assert all(family.illegal(config, arch, **key) is None for config in configs)
+        assert any(config.query != configs[0].query for config in configs)
+        # As a table on disk has it, and back.
+        row = tuned.as_row(family.name, tuple(key.items()), configs[-1])
+        assert tuned.row_config(row, arch) == configs[-1] and tuned.row_op(row) == key["op"]
+    assert "descriptors" in select.illegal(candidates("sm_90", **forward)[0], "sm_90", **{**forward, "aligned": False})
+    with pytest.raises(UnsupportedError, match="head_dim up to 256"):
+        select("sm_90", **{**forward, "head_dim": 257})
