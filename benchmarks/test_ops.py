@@ -22,7 +22,9 @@ from pyvideo_kernels.testing.compare import check_op
 
 pytest.importorskip("pytest_benchmark", reason="pip install pyvideo-kernels[bench]")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-DTYPE = DTYPES[os.environ.get("PYVIDEO_BENCH_DTYPE", "bf16")]
+if (WANTED := os.environ.get("PYVIDEO_BENCH_DTYPE", "bf16")) not in DTYPES:
+    raise pytest.UsageError(f"PYVIDEO_BENCH_DTYPE must be one of {', '.join(DTYPES)}; got {WANTED!r}")
+DTYPE = DTYPES[WANTED]
 BACKEND = backend_for(DEVICE)
 
 

@@ -271,6 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not torch.cuda.is_available():
             parser.error(f"--device {options.device}: torch finds no GPU; use --device cpu")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    elif options.commit:
+        parser.error(f"--commit: {verdicts.VERIFIED.name} is about GPUs; this is {device}")
     rows = []
     for row in canaries(device, head_dims=options.head_dim or dispatch.HEAD_DIMS, ops=options.op):
         state = {True: "ok", False: "FAILED", None: "refused"}[row.ok]
