@@ -14,6 +14,7 @@ from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.reference.patch_embed3d import patchify
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import assert_close, check_op, to_float64
+from tests.ops.helpers import check_op_contract
 
 if not _native.available():
     pytest.skip(f"no compiled extension: {_native.why_not()}", allow_module_level=True)
@@ -56,6 +57,12 @@ def run(name, args):
 @pytest.mark.parametrize("name", CPU_OPS)
 def test_samples(name, dtype):
     assert check_op(OPS[name], "cpu", "cpu", dtype) > 0
+
+
+@pytest.mark.parametrize("name", ["qk_norm_rope_", "unipc_step"])
+def test_contract(name):
+    # The one that writes over its arguments, and the one that takes a list and returns a copy of an argument.
+    check_op_contract(name, impl="cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
