@@ -20,11 +20,16 @@ _SIZES = ["heads", "kv_heads", "s", "tiles", "start", "count", "step"]
 
 
 @triton.jit
-def row_scale(x):
-    """One scale a row of ``x [rows, D]``, and the factor that makes codes of it; (NaN, 0) for a row not finite."""
-    # A NaN compares false: it counts as infinite, which a maximum does not lose.
+def sizes(x):
+    """Absolute values; a NaN compares false, and counts as infinite, which a maximum does not lose."""
     size = tl.abs(x)
-    top = tl.max(tl.where(size < float("inf"), size, float("inf")), 1)
+    return tl.where(size < float("inf"), size, float("inf"))
+
+
+@triton.jit
+def row_scale(size):
+    """A scale for each row of `sizes`, the factor that makes codes of the row, and whether it is finite."""
+    top = tl.max(size, 1)
     good = top < float("inf")
     # 2^-118: rows of zeros keep a scale, and a reciprocal, that are normal numbers.
     top = tl.maximum(tl.where(good, top, 1.0), 3.009265538105056e-36)
@@ -80,7 +85,7 @@ def _quantize_rows(
         tl.store(shift_ptr + line, tl.sum(x * mean, 1), mask=row_mask)
     else:
         x = x - mean
-    scale, factor, good = row_scale(x)
+    scale, factor, good = row_scale(sizes(x))
     tl.store(scale_ptr + line, scale, mask=row_mask)
     to = x8_ptr + ((batch * s + first) * heads + head) * D
     tl.store(to + rows[:, None] * (heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
@@ -110,6 +115,19 @@ def _quantize_qk_fwd_kernel(
         )  # fmt: skip
 
 
+def launch_mean(k: Tensor, start: int, count: int, step: int, config: QuantizeConfig) -> Tensor:
+    """``[B, kv_heads, D]`` fp32: the mean of ``count`` tokens of ``k``, each ``step``-th from ``start`` on."""
+    b, _, kv_heads, head_dim = k.shape
+    mean = k.new_empty((b, kv_heads, head_dim), dtype=torch.float32)
+    unit = stride_unit(k)
+    with on_device(k):
+        _key_mean_kernel[(b * kv_heads,)](
+            k, mean, kv_heads, start, count, step, *(n // unit for n in k.stride()[:3]),
+            head_dim, unit, config.rows, config.block_d, num_warps=config.num_warps,
+        )  # fmt: skip
+    return mean
+
+
 def launch_fwd(
     q: Tensor, k: Tensor, outputs: tuple[Tensor, ...], mean_start: int, mean_stop: int, config: QuantizeConfig
 ) -> None:
@@ -118,17 +136,13 @@ def launch_fwd(
     kv_heads = k.shape[2]
     unit = stride_unit(q, k)
     steps = [[step // unit for step in x.stride()[:3]] for x in (q, k)]
-    count, step = sampled(mean_start, mean_stop)
     tiles = cdiv(s, config.rows)
-    sizes = (head_dim, unit, config.rows, config.block_d)
+    mean = launch_mean(k, mean_start, *sampled(mean_start, mean_stop), config)
     with on_device(q):
-        mean = q.new_empty((b, kv_heads, head_dim), dtype=torch.float32)
-        _key_mean_kernel[(b * kv_heads,)](
-            k, mean, kv_heads, mean_start, count, step, *steps[1], *sizes, num_warps=config.num_warps
-        )
         _quantize_qk_fwd_kernel[(tiles * (heads + kv_heads) * b,)](
-            q, k, mean, *outputs, heads, kv_heads, s, tiles, *steps[0], *steps[1], *sizes, num_warps=config.num_warps
-        )
+            q, k, mean, *outputs, heads, kv_heads, s, tiles, *steps[0], *steps[1],
+            head_dim, unit, config.rows, config.block_d, num_warps=config.num_warps,
+        )  # fmt: skip
 
 
 def quantize_qk(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -223,6 +223,13 @@ _ROWS: tuple[Op, ...] = (
         heads="q",
     ),
     Op(
+        "qk_norm_rope_int8",
+        f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _quantize_qk,
+        _impls("qk_norm_rope_int8", "triton"),
+        heads="q",
+    ),
+    Op(
         "patch_embed3d",
         "(Tensor video, Tensor weight, Tensor? bias, int[] patch, str impl) -> Tensor",
         _patch_embed3d,
