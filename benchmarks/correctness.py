@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "ops"
 # Test files beyond an op's own.
-_MORE = {"unipc_step": ("test_schedule.py",)}
+_MORE = {
+    "unipc_step": ("test_schedule.py",),
+    "block_sparse_attention": ("test_video_sparse_attention.py",),
+}
 # After one of these nothing that this process runs on the card means anything.
 _FATAL = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert",
           "CUDA error: an illegal instruction", "uncorrectable")  # fmt: skip

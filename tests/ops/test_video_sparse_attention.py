@@ -264,6 +264,32 @@ def test_one_graph_serves_every_grid():
     assert len(graphs) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=["top_k", "threshold"])
+def test_a_cuda_graph_chooses_anew(options):
+    first, second = _inputs(b=1), [x.flip(1).contiguous() for x in _inputs(b=1)]
+    options = {"grid": RAGGED, "return_selection": True, "impl": "triton", **options}
+    expected = pv.video_sparse_attention(*second, **options)  # compiled before the capture
+    held = [x.clone() for x in first]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = pv.video_sparse_attention(*held, **options)
+    for place, x in zip(held, second, strict=True):
+        place.copy_(x)
+    graph.replay()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(outputs, expected, strict=True))
+
+
+def test_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return pv.video_sparse_attention(q, k, v, grid=(3, 5, 9), select="threshold", share=0.5)
+
+    inputs = tuple(x.cpu() for x in _inputs((3, 5, 9), heads=1))
+    exported = torch.export.export(Attention(), inputs).module()
+    assert torch.equal(exported(*inputs), Attention()(*inputs))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=["top_k", "threshold"])
 def test_repeats_bitwise(options):
     q, k, v = _inputs((3, 5, 9), heads=1)
