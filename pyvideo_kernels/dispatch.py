@@ -154,14 +154,13 @@ def order(
 ) -> tuple[str, ...]:
     """Implementations ``auto`` tries on ``device``, first choice first.
 
-    ``dtype``, ``head_dim``: of the call, where a measurement may have changed the order for them.
+    ``dtype``, ``head_dim``: of the call, where a measurement changes the order for them.
     """
     choices = op.auto.get(device.type) or AUTO_ORDER.get(device.type, ("reference",))
     if "flash" in choices and dtype is not None and head_dim is not None:
         from .ops import attention_libraries
 
-        if attention_libraries.MEASURED:
-            choices = attention_libraries.in_order(choices, arch_of(device), dtype, head_dim)
+        choices = attention_libraries.in_order(choices, device, dtype, head_dim)
     return tuple(impl for impl in choices if impl in op.impls)
 
 

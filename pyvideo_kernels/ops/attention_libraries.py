@@ -44,26 +44,46 @@ MEASURED: dict[tuple[str, str, int], Measured] = {}
 """(architecture, dtype, head_dim) -> the fastest, for instance ``("sm_90", "bfloat16", 128)``.
 
 Only from a row of ``benchmarks/results/`` that compares all of them in one run. Where there is none, the order of the
-op's table stands: FlashAttention, then PyTorch (cuDNN first), then ours.
+op's table stands: FlashAttention, then PyTorch (cuDNN first), then ours; `CUDNN_BEFORE_FLASH` says where the first two
+change places.
+"""
+
+CUDNN_BEFORE_FLASH: dict[str, tuple[str, str]] = {
+    "sm_100": ("9.19", "github.com/sgl-project/sglang/pull/33655: B200, 11 shapes of diffusion models, against FA4"),
+}
+"""Architecture -> the cuDNN from which on somebody published it to be faster than FlashAttention there, and where.
+
+On sm_90 FlashAttention-3 is published as the faster one at these lengths (its paper; sglang/pull/30090).
 """
 
 
-def in_order(choices: tuple[str, ...], arch: str, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
-    """``choices`` with the one that `MEASURED` names moved to the front."""
-    measured = MEASURED.get((arch, _name(dtype), head_dim))
-    if measured is None or measured.first not in choices:
+def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> Measured | None:
+    from ..dispatch import arch_of
+
+    if device.type != "cuda":
+        return None
+    arch = arch_of(device)
+    if (measured := MEASURED.get((arch, _name(dtype), head_dim))) is not None:
+        return measured
+    since, where = CUDNN_BEFORE_FLASH.get(arch, (None, ""))
+    if since is None or dtype not in HALF or why_not_cudnn(device):
+        return None
+    recent = known_bad.numbers(_cudnn_version() or "0") >= known_bad.numbers(since)
+    return Measured("sdpa", where) if recent and torch.backends.cuda.cudnn_sdp_enabled() else None
+
+
+def in_order(choices: tuple[str, ...], device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """``choices`` with the one that is known to be the fastest moved to the front."""
+    fastest = _fastest(device, dtype, head_dim)
+    if fastest is None or fastest.first not in choices:
         return choices
-    return (measured.first, *(impl for impl in choices if impl != measured.first))
+    return (fastest.first, *(impl for impl in choices if impl != fastest.first))
 
 
 def source(device: torch.device, dtype: torch.dtype, impl: str, head_dim: int = 128) -> str:
     """The measurement by which ``impl`` is first on this card; empty if it is not by one."""
-    if not MEASURED or device.type != "cuda":
-        return ""
-    from ..dispatch import arch_of
-
-    measured = MEASURED.get((arch_of(device), _name(dtype), head_dim))
-    return measured.source if measured is not None and measured.first == impl else ""
+    fastest = _fastest(device, dtype, head_dim)
+    return fastest.source if fastest is not None and fastest.first == impl else ""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -74,7 +94,8 @@ def _name(dtype: torch.dtype) -> str:
 
 CUDNN_FIRST = ("sm_90", "sm_100", "sm_103")
 """Where cuDNN's kernel is published to be faster than PyTorch's own (FlashAttention-2). PyTorch tries it first there
-since some release and with some cuDNN; here it does not depend on that."""
+since some release and with some cuDNN; here it does not depend on that. Elsewhere the reports differ: slower on sm_80
+and sm_120, the same on sm_89 (huggingface/transformers/pull/48163); a little faster on sm_120 (sglang/pull/36494)."""
 
 _CUDNN_SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., "
@@ -130,6 +151,8 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.dtype not in HALF or why_not_cudnn(q.device) or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
     if _unplanned and _shape_key(q, k) in _unplanned:
+        return False
+    if q.shape[2] == 1:  # its kernels for one query are wrong on sm_100 from 9.19 on (pytorch/pytorch/issues/193893)
         return False
     params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1])
     return bool(torch.backends.cuda.can_use_cudnn_attention(params, False))

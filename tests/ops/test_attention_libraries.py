@@ -134,6 +134,26 @@ def test_the_order(card, monkeypatch):
     assert dispatch.order(OPS["spacetime_attention_backward"], CARD, HALF, 128)[0] != "flash"
 
 
+def test_cudnn_stands_before_flash_attention_where_it_was_published_to_be_faster(cudnn, card, monkeypatch):
+    usual = ("flash", "sdpa", "triton", "reference")
+    card("sm_100")
+    assert dispatch.order(OP, CARD, HALF, 128) == usual  # cuDNN 9.15
+    monkeypatch.setattr(libraries, "_cudnn_version", lambda: "9.19")
+    assert dispatch.order(OP, CARD, HALF, 128) == ("sdpa", "flash", "triton", "reference")
+    assert "sglang/pull/33655" in libraries.source(CARD, HALF, "sdpa") and not libraries.source(CARD, HALF, "flash")
+    assert dispatch.order(OP, CARD, torch.float32, 128) == usual
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert dispatch.order(OP, CARD, HALF, 128) == usual  # without cuDNN, PyTorch's is the slower one
+    monkeypatch.undo()
+    card("sm_90")
+    assert dispatch.order(OP, CARD, HALF, 128) == usual
+
+
+def test_one_query_is_not_for_cudnn(cudnn):
+    libraries.dense_sdpa(*by_heads(s=1), 0.25)
+    assert cudnn.calls == 0
+
+
 class OnCard:
     """A walk of ``auto`` in CUDA's order, on CPU tensors."""
 

@@ -200,6 +200,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
         return op.name != "rms_norm"
 
     monkeypatch.setattr(dispatch, "trusted", trusted)
+    monkeypatch.setattr(dispatch, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(upfront, "execution_device", lambda target: CARD)
     monkeypatch.setattr("pyvideo_kernels.integrations.execution_device", lambda target: CARD)
     yield asked
