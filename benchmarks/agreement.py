@@ -62,7 +62,12 @@ def _pairs(got: Any, expected: Any) -> list[tuple[Tensor, Tensor]]:
     for y, e in zip(ys, es):
         if y.shape != e.shape:
             raise Disagreement(f"shape {list(y.shape)}, expected {list(e.shape)}")
-    return list(zip(ys, es))
+    return [(_without_ties(y, e) if e.dtype == torch.int8 else y, e) for y, e in zip(ys, es)]
+
+
+def _without_ties(y: Tensor, e: Tensor) -> Tensor:
+    """Codes one apart are a number between the two, rounded either way."""
+    return torch.where((y.int() - e.int()).abs() <= 1, e, y)
 
 
 def relative_error(got: Any, expected: Any) -> float:

@@ -130,6 +130,35 @@ def _tiled(x: Tensor, grid: Any, tile: Any) -> Tensor:
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7, 8).flatten(4, 6).flatten(1, 3)
 
 
+def quantize_qk(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    """A pass over q and one over k, and one for the mean of every 64th key (of 64 keys at least)."""
+    some = k[:, :: max(1, min(k.shape[1] // 64, 64))]
+    mean = some.float().mean(1)
+    codes, scales = [], []
+    for x in (q.float(), k.float() - mean[:, None]):
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        codes.append((x / scale).round().to(torch.int8))
+        scales.append(scale[..., 0].transpose(1, 2).contiguous())
+    return *codes, *scales, torch.einsum("bshd,bhd->bhs", q.float(), mean)
+
+
+def qk_norm_rope_int8(**inputs: Any) -> tuple[Tensor, ...]:
+    """Norm and rotation in fp32, then the codes: rounding to the inputs' dtype between would move one code in ten."""
+    names = ("q", "k", "q_weight", "k_weight")
+    return quantize_qk(*qk_norm_rope(**{**inputs, **{name: inputs[name].float() for name in names}}))
+
+
+def int8_attention(
+    q8: Tensor, k8: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, grid: Any = None, **_: Any
+) -> Tensor:
+    """SDPA on what the codes stand for, in the dtype of the values."""
+    q, k = (
+        (codes.float() * scale.transpose(1, 2).unsqueeze(-1)).to(v.dtype)
+        for codes, scale in ((q8, q_scale), (k8, k_scale))
+    )
+    return spacetime_attention(q, k, v)
+
+
 def block_mean(x: Tensor, grid: Any, tile: Any) -> Tensor:
     """As VSA does it: pad and permute into tiles, sum in fp32, divide by each tile's real size."""
     real = _tiled(torch.ones_like(x[:1, :, :1, :1]), grid, tile).float().sum(2)

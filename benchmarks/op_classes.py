@@ -35,11 +35,14 @@ PYVIDEO_KINDS = {
     "rms_norm_silu": "pointwise",
     "qk_norm_rope": "pointwise",
     "qk_norm_rope_": "pointwise",
+    "qk_norm_rope_int8": "pointwise",
+    "quantize_qk": "pointwise",
     "final_layer": "pointwise",
     "guidance_step": "pointwise",
     "unipc_step": "pointwise",
     "patch_embed3d": "gemm",
     "spacetime_attention": "attention",
+    "int8_attention": "attention",
     "causal_conv3d": "conv",
 }
 

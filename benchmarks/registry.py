@@ -241,6 +241,30 @@ def _attention_flops(grid: Any, heads: int, head_dim: int, **sizes: Any) -> floa
     return float(_attention_cost(grid, heads, head_dim, **sizes).flops)
 
 
+def _int8_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: Any) -> dict[str, Any]:
+    inputs = _attention_inputs(grid, heads, head_dim, dtype, device)
+    q8, k8, q_scale, k_scale, _ = eager.quantize_qk(inputs["q"], inputs["k"])
+    return {"q8": q8, "k8": k8, "v": inputs["v"], "q_scale": q_scale, "k_scale": k_scale, "grid": grid}
+
+
+def _int8_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    return 2 * prod(grid) * heads * (head_dim * (1 + dtype.itemsize) + FP32)
+
+
+def _quantize_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: Any) -> dict[str, Any]:
+    packed = _rand(1, prod(grid), 3, heads, head_dim, dtype=dtype, device=device)
+    return {"q": packed[:, :, 0], "k": packed[:, :, 1]}
+
+
+def _quantize_bytes(grid: Any, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    return prod(grid) * heads * (2 * head_dim * (dtype.itemsize + 1) + 3 * FP32)
+
+
+def _qk_int8_bytes(tokens: int, width: int, heads: int, dtype: torch.dtype, style: str = "wan") -> int:
+    codes = 2 * tokens * width * (dtype.itemsize - 1)
+    return _qk_bytes(tokens, width, heads, dtype, style) - codes + 3 * tokens * heads * FP32
+
+
 def _boxes(grid: Any, tile: Any) -> int:
     return prod(-(-n // side) for n, side in zip(grid, tile, strict=True))
 
@@ -382,6 +406,11 @@ ENTRIES: dict[str, Entry] = {
               _embed_flops),
         Entry("spacetime_attention", _S.ATTENTION_GPU, _S.ATTENTION_CPU, _attention_inputs, eager.spacetime_attention,
               _attention_bytes, _attention_flops),
+        Entry("int8_attention", _S.INT8_GPU, _S.INT8_CPU, _int8_inputs, eager.int8_attention, _int8_bytes,
+              _attention_flops),
+        Entry("quantize_qk", _S.INT8_GPU, _S.INT8_CPU, _quantize_inputs, eager.quantize_qk, _quantize_bytes),
+        Entry("qk_norm_rope_int8", _S.QK_INT8_GPU, _S.QK_IN_PLACE_CPU, _qk_inputs, eager.qk_norm_rope_int8,
+              _qk_int8_bytes),
         Entry("block_sparse_attention", _S.SPARSE_GPU, _S.SPARSE_CPU, _sparse_inputs, eager.block_sparse_attention,
               _sparse_bytes, _sparse_flops),
         Entry("block_mean", _S.MEAN_GPU, _S.MEAN_CPU, _mean_inputs, eager.block_mean, _mean_bytes),

@@ -105,6 +105,15 @@ ATTENTION_CPU: Shapes = {
     "wan-1.3b-256-window-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "window": (3, 9, 9)},
 }
 
+INT8_GPU: Shapes = {
+    "wan-1.3b-480p": ATTENTION_GPU["wan-1.3b-480p"],
+    "wan-14b-720p": {"grid": WAN_720P, "heads": 40, "head_dim": 128},
+    "hunyuan-720p": ATTENTION_GPU["hunyuan-720p"],
+    "ltx-512p": ATTENTION_GPU["ltx-512p"],
+}
+INT8_CPU: Shapes = {"wan-1.3b-256": ATTENTION_CPU["wan-1.3b-256"]}
+QK_INT8_GPU: Shapes = {name: QK_GPU[name] for name in ("wan-1.3b-480p", "wan-14b-480p", "hunyuan-720p")}
+
 # Blocks of 64 tokens, boxes as in VSA, and of 128; lists hold so many that ``sparsity`` of all blocks are left out.
 _WAN_1B_HEADS = {"grid": WAN_480P, "heads": 12, "head_dim": 128}
 _HUNYUAN_HEADS = {"grid": HUNYUAN_720P, "heads": 24, "head_dim": 128}
