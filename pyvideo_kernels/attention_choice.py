@@ -21,7 +21,9 @@ Triple = tuple[int, int, int]
 _NATIVE = ("spacetime_attention",)
 _BY_PRECISION = {"int8": ("quantize_qk", "int8_attention")}
 _TILES = ("block_mean", "block_sparse_attention")
-ATTENTION_OPS = frozenset((*_NATIVE, *_BY_PRECISION["int8"], *_TILES))
+PROLOGUES = {"int8": "qk_norm_rope_int8"}
+"""By precision, the norm and rotation of q and k that writes what the op of that precision reads."""
+ATTENTION_OPS = frozenset((*_NATIVE, *_BY_PRECISION["int8"], *_TILES, *PROLOGUES.values()))
 """Ops that run only where ``attention=`` asks for them."""
 
 
@@ -54,6 +56,11 @@ class LayerAttention:
     def ops(self) -> tuple[str, ...]:
         """The ops that run it."""
         return _TILES if self.tiled else _BY_PRECISION.get(self.precision, _NATIVE)
+
+    @property
+    def prologue(self) -> str | None:
+        """The op that norms and rotates q and k for it; None: ``qk_norm_rope``, as for any other."""
+        return None if self.tiled else PROLOGUES.get(self.precision)
 
     @property
     def op(self) -> str:
@@ -225,6 +232,11 @@ class AttentionChoice:
         """The ops that any layer may call."""
         found = (op for layer in (self.base, *self.layers.values()) for op in self.ops_of(layer))
         return tuple(dict.fromkeys(found))
+
+    def prologues(self) -> tuple[str, ...]:
+        """Ops that make q and k for some layer in its precision."""
+        found = (layer.prologue for layer in (self.base, *self.layers.values()))
+        return tuple(dict.fromkeys(name for name in found if name is not None))
 
     def note(self, layer: LayerAttention, grid: Sequence[int] | None = None) -> str:
         """What a layer runs, with the dense steps."""

@@ -39,7 +39,7 @@ def _chosen(ops: str | Iterable[str]) -> list[str]:
 
 def _idle(choice: AttentionChoice | None) -> set[str]:
     """Ops that no run calls: updates in place, and attention that was not asked for."""
-    return ({"qk_norm_rope_"} | ATTENTION_OPS) - set(() if choice is None else choice.ops())
+    return ({"qk_norm_rope_"} | ATTENTION_OPS) - set(() if choice is None else (*choice.ops(), *choice.prologues()))
 
 
 def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, impl: str, device: torch.device) -> None:

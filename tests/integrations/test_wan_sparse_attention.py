@@ -12,6 +12,7 @@ import pyvideo_kernels as pv
 from pyvideo_kernels.attention_text import choose
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.integrations.diffusers import wan_attention
+from pyvideo_kernels.schemas import OPS as OPS_TABLE
 
 from .attention_helpers import FIRST_STEP, GRID, LATER_STEP, WINDOW, Masked, inputs, mask_of, masked, model_of
 from .helpers import assert_close, run, truth, used
@@ -102,6 +103,37 @@ def test_it_is_what_the_op_gives(name):
     if "int8" not in name:  # where rounding earlier may turn a code, and one code is worth more than a rounding
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - dense).abs().max() > 10 * (ours - theirs).abs().max()
+
+
+def test_int8_quantises_in_the_prologue_where_it_can():
+    model, arguments = model_of(), inputs()
+    whole = {name for name in OPS_TABLE if not name.endswith("_backward")}
+    results = {}
+    for ops in (whole, whole - {"qk_norm_rope_int8"}):
+        report = pv.accelerate(model, ops=ops, attention={"precision": "int8", "dense_steps": 1}, strict=True)
+        with model.cache_context("cond", **LATER_STEP):
+            results[len(ops)] = run(model, arguments)
+        called = used(report) & {"qk_norm_rope", "qk_norm_rope_int8", "quantize_qk", "int8_attention"}
+        modules = report.to_dict()["modules"]
+        runs = [set(modules[name]["runs"]) for name in ("blocks.0.attn1", "blocks.0.attn1.norm_k")]
+        if ops == whole:
+            assert called == {"qk_norm_rope_int8", "int8_attention"}
+            # In dense steps q and k are what they are.
+            assert runs == [{"int8_attention", "spacetime_attention"}, {"qk_norm_rope", "qk_norm_rope_int8"}]
+        else:
+            assert called == {"qk_norm_rope", "quantize_qk", "int8_attention"}
+            assert runs == [{"quantize_qk", "int8_attention", "spacetime_attention"}, {"qk_norm_rope"}]
+        with model.cache_context("cond", **FIRST_STEP):
+            dense = run(model, arguments)
+        assert used(report) >= {"qk_norm_rope", "spacetime_attention"} and not report.fallbacks()
+    one, two = results.values()
+    assert (one - dense).abs().max() > 10 * (one - two).abs().max()  # q and k are rounded once less
+
+    report = pv.accelerate(model, attention="int8")
+    model.blocks[0].attn1.norm_q.eps = 1e-5
+    run(model, arguments)  # what stands in the way is counted once, and the rest still runs
+    assert report.fallbacks() == {"qk_norm_rope": {"norm_q and norm_k have different eps": 1}}
+    assert report.calls()["int8_attention"] == {"reference": 2} and report.calls()["quantize_qk"] == {"reference": 1}
 
 
 # What diffusers does around a model ------------------------------------------------------------------------------

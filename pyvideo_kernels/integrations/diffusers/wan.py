@@ -148,6 +148,12 @@ class _Planner:
     def attention(
         self, inner: str, attn: Any, ops: tuple[str, ...] = (), layer: LayerAttention | None = None, *, rotated: bool
     ) -> None:
+        norms = ("qk_norm_rope",) if rotated else ("rms_norm",)
+        prologue = None if layer is None else layer.prologue
+        if prologue in self.settings.ops and all(type(norm) is nn.RMSNorm for norm in (attn.norm_q, attn.norm_k)):
+            # It quantises too, so nothing else does; in dense steps q and k are what they are.
+            ops = tuple(op for op in ops if op != "quantize_qk")
+            norms = (str(prologue), *(norms if "spacetime_attention" in ops else ()))
         if rotated:
             processor = getattr(attn, "processor", None)
             unfit = None
@@ -159,8 +165,8 @@ class _Planner:
             self.swap(inner, attn, kind, forward, ops, serves=serves, note=note, unfit=unfit, attention=layer)
         for name in ("norm_q", "norm_k", "norm_added_k"):
             if hasattr(attn, name):
-                op = "qk_norm_rope" if rotated and name != "norm_added_k" else "rms_norm"
-                self.swap(f"{inner}.{name}", getattr(attn, name), nn.RMSNorm, attention.rms_forward, (op,))
+                runs = norms if name != "norm_added_k" else ("rms_norm",)
+                self.swap(f"{inner}.{name}", getattr(attn, name), nn.RMSNorm, attention.rms_forward, runs)
 
 
 def _odd_weight(module: nn.Module) -> str | None:

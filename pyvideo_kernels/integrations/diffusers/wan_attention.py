@@ -17,7 +17,9 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor, nn
 
 from ...attention_choice import LayerAttention
+from ...ops.int8_attention import int8_attention
 from ...ops.qk_norm_rope import qk_norm_rope
+from ...ops.qk_norm_rope_int8 import qk_norm_rope_int8
 from ...ops.rms_norm import rms_norm
 from ...ops.spacetime_attention import spacetime_attention
 from ...ops.video_sparse_attention import video_sparse_attention
@@ -37,16 +39,19 @@ def rms_forward(
     query_weight: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
     heads: int = 0,
+    int8: bool = False,
 ) -> Any:
     """RMSNorm; with ``rotate`` or ``query``, the two halves of a joint norm and rotation of q and k.
 
     The op reads two weights that two modules own, and hooks may hold each in memory only during its owner's forward.
-    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op.
+    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op. With ``int8`` that is
+    the one which writes codes and scales.
     """
     if rotate is not None:
         return rotate(inputs, self.weight)
     if query is not None and rotary_emb is not None:
-        q, k = qk_norm_rope(
+        op = qk_norm_rope_int8 if int8 else qk_norm_rope
+        out: Any = op(
             query.unflatten(2, (heads, -1)),
             inputs.unflatten(2, (heads, -1)),
             query_weight,
@@ -55,7 +60,7 @@ def rms_forward(
             eps=_eps(self, inputs),
             impl=settings.impl,
         )
-        return q, k
+        return out
     if "rms_norm" in settings.ops:
         reason = why_not(inputs, self.weight)
         if reason is None:
@@ -97,8 +102,12 @@ def attention_forward(
         image_tokens = context.shape[1] - _TEXT_TOKENS
         image, context = context[:, :image_tokens], context[:, image_tokens:]
     query, key, value = _get_qkv_projections(self, hidden_states, context)
-    query, key = _normed(self, settings, query, key, rotary_emb)
     value = value.unflatten(2, (self.heads, -1))
+    if encoder_hidden_states is None and layer is not None and layer.prologue is not None:
+        attended = _by_codes(self, settings, layer, query, key, value, attention_mask, rotary_emb, grid)
+        if attended is not None:
+            return self.to_out[1](self.to_out[0](attended))  # type: ignore[no-any-return]
+    query, key = _normed(self, settings, query, key, rotary_emb)
 
     image_out = None
     if image is not None:
@@ -142,7 +151,7 @@ def _normed(
     if rotary_emb is not None and "qk_norm_rope" in settings.ops:
         reason = _why_not_joint(attn, query, key)
         if reason is None:
-            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads)
+            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads, False)
             q, k = attn.norm_q(query, joint)
             return q, k
         fall_back(settings, "qk_norm_rope", reason)
@@ -154,9 +163,45 @@ def _normed(
 
 
 def _through_key_norm(
-    norm_k: Any, key: Tensor, rotary_emb: tuple[Tensor, Tensor], heads: int, query: Tensor, query_weight: Tensor | None
+    norm_k: Any,
+    key: Tensor,
+    rotary_emb: tuple[Tensor, Tensor],
+    heads: int,
+    int8: bool,
+    query: Tensor,
+    query_weight: Tensor | None,
 ) -> Any:
-    return norm_k(key, None, query, query_weight, rotary_emb, heads)
+    return norm_k(key, None, query, query_weight, rotary_emb, heads, int8)
+
+
+def _by_codes(
+    attn: WanAttention,
+    settings: Settings,
+    layer: LayerAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rotary_emb: tuple[Tensor, Tensor] | None,
+    grid: tuple[int, int, int] | None,
+) -> Tensor | None:
+    """Attention on the codes that the prologue writes: q and k are never stored in their own precision.
+
+    None where something stands in the way; what it is, the other path counts.
+    """
+    if rotary_emb is None or layer.prologue not in settings.ops or _why_not_joint(attn, query, key) is not None:
+        return None
+    if _why_not_ours(layer, query, key, value, mask, grid, attn.processor) is not None:
+        return None
+    assert grid is not None
+    joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, attn.heads, True)
+    q8, k8, q_scale, k_scale, _ = attn.norm_q(query, joint)
+    window, stride = layer.window_on(grid)
+    out: Any = int8_attention(
+        q8, k8, value, q_scale, k_scale, grid=grid, window=window, stride=stride, impl=settings.impl
+    )
+    attended: Tensor = out.flatten(2, 3)
+    return attended
 
 
 def _why_not_joint(attn: WanAttention, query: Tensor, key: Tensor) -> str | None:
@@ -218,24 +263,36 @@ def _serves(
     choice = settings.attention
     if choice is None:
         return False
-    op = (choice.base if layer is None else layer).op
-    reason = why_not(query) or why_not(value)
+    layer = layer or choice.base
+    reason = _why_not_ours(layer, query, key, value, mask, grid, processor)
+    if reason is not None:
+        fall_back(settings, layer.op, reason)
+    return reason is None
+
+
+def _why_not_ours(
+    layer: LayerAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    grid: tuple[int, int, int] | None,
+    processor: Any,
+) -> str | None:
     if mask is not None:
-        reason = f"{str(mask.dtype).removeprefix('torch.')} attention mask"
-    elif processor._parallel_config is not None:
-        reason = "context parallelism"
-    elif grid is None or layer is None:
-        reason = "called outside the accelerated transformer, which knows the grid"
-    elif grid[0] * grid[1] * grid[2] != query.shape[1]:
-        reason = "the sequence is not the whole grid"
-    elif value.dtype != query.dtype or key.dtype != query.dtype:
-        reason = "q, k and v of different dtypes"
-    elif (
-        not OPS[op].differentiable
+        return f"{str(mask.dtype).removeprefix('torch.')} attention mask"
+    if processor._parallel_config is not None:
+        return "context parallelism"
+    if grid is None:
+        return "called outside the accelerated transformer, which knows the grid"
+    if grid[0] * grid[1] * grid[2] != query.shape[1]:
+        return "the sequence is not the whole grid"
+    if value.dtype != query.dtype or key.dtype != query.dtype:
+        return "q, k and v of different dtypes"
+    if (
+        not OPS[layer.op].differentiable
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
     ):
-        reason = "gradients are wanted and the op has no backward"
-    if reason is not None:
-        fall_back(settings, op, reason)
-    return reason is None
+        return "gradients are wanted and the op has no backward"
+    return why_not(query) or why_not(value)
