@@ -103,11 +103,11 @@ def test_offsets_past_32_bits_are_refused_where_nobody_knows(card, install):
         ))  # fmt: skip
 
 
-def test_the_newest_that_serves_the_card(card, install):
-    install("3")
-    assert flash.library_for(CARD, HALF, 128) is flash.FLASH3
+def test_the_one_that_was_written_for_the_card(card, install):
     install("4")
     assert flash.library_for(CARD, HALF, 256) is flash.FLASH4
+    install("3")
+    assert flash.library_for(CARD, HALF, 256) is flash.FLASH3
     card("sm_100")
     assert flash.library_for(CARD, HALF, 256) is flash.FLASH4
     with pytest.raises(UnsupportedError, match="no head_dim 192 on sm_100"):
@@ -118,7 +118,7 @@ def test_the_newest_that_serves_the_card(card, install):
 
 
 def test_what_is_missing_or_broken_is_said_with_the_remedy(card, monkeypatch):
-    with pytest.raises(UnsupportedError, match="FlashAttention-4 not installed: pip install.*FlashAttention-3 not"):
+    with pytest.raises(UnsupportedError, match="FlashAttention-3 not installed: pip install.*FlashAttention-4 not"):
         run_flash(*packed())
     broken = importlib.util.spec_from_loader("flash_attn_interface", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: broken if name == broken.name else None)
