@@ -25,7 +25,7 @@ def norm_rotate(
 ):  # fmt: skip
     """Norm and rotation of ``BLOCK_HEADS`` heads of one token; NORM 0: none, 1: per head, 2: across heads.
 
-    Returns both members of the pairs in fp32, batch and token (int64), heads and which of them there are.
+    Returns both members of the pairs in fp32; batch, token and heads (int64); which of the heads there are.
     """
     half = head_dim // 2
     # Divided as the 32-bit numbers they are, multiplied by strides as 64-bit ones.
@@ -74,7 +74,7 @@ def norm_rotate(
     if cos_ptr is not None:
         # Selected, not multiplied by one and zero: an infinite neighbour must not reach a token that is not rotated.
         x, y = tl.where(rotated, x * cos - y * sin, x), tl.where(rotated, x * sin + y * cos, y)
-    return x, y, b, s, head, head_mask
+    return x, y, b, s, head64, head_mask
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _one_token(
     NORM: tl.constexpr, LAYER: tl.constexpr, HALF_LAYOUT: tl.constexpr, TABLE_HEADS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, FENCE: tl.constexpr,
 ):  # fmt: skip
-    x, y, b, s, head, head_mask = norm_rotate(
+    x, y, b, s, head64, head_mask = norm_rotate(
         x_ptr, x_b, x_s, x_h, weight_ptr, bias_ptr, cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
         token, head_block, tokens, heads, head_dim, start, stop, eps,
         NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, BLOCK_HEADS, BLOCK_HALF,
@@ -93,8 +93,8 @@ def _one_token(
     if FENCE:
         # In place, on a tile with fewer elements than threads could hold: several threads read one element.
         tl.debug_barrier()
-    rows = head.to(tl.int64) * out_h
-    store_pairs(out_ptr + b * out_b + s * out_s, rows, head_mask, head_dim // 2, x, y, HALF_LAYOUT, BLOCK_HALF)
+    half = head_dim // 2
+    store_pairs(out_ptr + b * out_b + s * out_s, head64 * out_h, head_mask, half, x, y, HALF_LAYOUT, BLOCK_HALF)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def _one_token(
     half = head_dim // 2
     # Padding of the head is not zero after a norm with bias, but no number of it may set the scale.
     inside = head_mask[:, None] & (tl.arange(0, BLOCK_HALF) < half)[None, :]
-    mean_at = (b * (heads // group) + head // group) * head_dim
+    mean_at = (b * (heads // group) + head.to(tl.int32) // group) * head_dim
     mean_x, mean_y = load_pairs(mean_ptr, mean_at, head_mask, half, HALF_LAYOUT, BLOCK_HALF)
     line = (b * heads + head) * tokens + s
     if shift_ptr is not None:
