@@ -178,6 +178,27 @@ def test_repeats_bitwise():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.skipif(helpers.GPU, reason="on a card the self-check covers its own variant")
+def test_offsets_pass_two_to_the_31():
+    # Heads 2^31 elements apart. Only the pages that hold tokens are ever touched.
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        storage = torch.empty(2**31 + 4096, dtype=torch.float16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    far = storage.as_strided((1, 20, 2, 16), (2**31, 16, 2**31 + 64, 1))
+    far.copy_(_randn(1, 20, 2, 16))
+    near = far.clone()
+    indices, counts = _lists(1, 2, 1, (1,))
+    out, expected = (
+        pv.block_sparse_attention(x, x, x, indices, counts, block_size=64, impl="triton") for x in (far, near)
+    )
+    assert torch.equal(out, expected)
+    means = [pv.block_mean(x, grid=(1, 4, 5), tile=(1, 2, 2), impl="triton") for x in (far, near)]
+    assert torch.equal(*means)
+
+
 def test_a_dense_part_of_text_is_merged():
     """What the docstring says of text: its keys apart, dense, and the two merged."""
     q, k, v = _qkv(128, heads=1)

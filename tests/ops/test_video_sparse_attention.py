@@ -143,9 +143,12 @@ def test_every_tile_is_dense_attention(options, impl):
     assert_close(out, exact, low)
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (3, 5, 7), (1, 9, 1), (8, 4, 8)])
-def test_any_grid(grid):
-    q, k, v = _inputs(grid, heads=1)
+@pytest.mark.parametrize(
+    ("grid", "heads", "head_dim"),
+    [((1, 1, 1), 1, 128), ((3, 5, 7), 3, 40), ((1, 9, 1), 1, 16), ((5, 8, 8), 1, 96), ((6, 10, 18), 1, 64)],
+)
+def test_any_grid_and_head(grid, heads, head_dim):
+    q, k, v = _inputs(grid, heads=heads, head_dim=head_dim)
     out = pv.video_sparse_attention(q, k, v, grid=grid, top_k=1, impl="triton")
     exact, low = (_brute(*(x.to(d) for x in (q, k, v)), grid, (4, 4, 4), _top(1))[0]
                   for d in (torch.float64, torch.float32))  # fmt: skip
