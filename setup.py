@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -39,7 +39,8 @@ setup(
     # Namespace: a sub-package whose __init__.py was forgotten must not vanish from the wheel only.
     packages=[
         *find_namespace_packages(include=["pyvideo_kernels", "pyvideo_kernels.*"], exclude=["*.__pycache__"]),
-        f"{BENCHMARKS}.architectures",
+        *(f"{BENCHMARKS}.{name}" for name in find_packages("benchmarks")),
+        f"{BENCHMARKS}.models.architectures",
     ],
     package_dir={KERNELS: "kernels", BENCHMARKS: "benchmarks"},
     ext_modules=[Extension("pyvideo_kernels._C", sources=[], optional=True)],

@@ -70,7 +70,7 @@ class Bench:
     def ops(self, path: Path, dtype: torch.dtype, baselines: list[str] | None) -> dict[str, Any]:
         """The ops; finished rows are on disk if this is interrupted."""
         import pyvideo_kernels.benchmarks.ops as ops
-        from pyvideo_kernels.benchmarks.ops_table import printer_for
+        from pyvideo_kernels.benchmarks.ops.table import printer_for
 
         printer = printer_for(self.device)
         begun: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class Bench:
     def clip(self, path: Path) -> dict[str, Any]:
         """A short clip of the embedded model, eager against accelerated."""
         import pyvideo_kernels.benchmarks.e2e as e2e
-        from pyvideo_kernels.benchmarks.console import Console
+        from pyvideo_kernels.benchmarks.e2e.console import Console
 
         request = e2e.Request(model="tiny", variants=("eager", "ours"), steps=8, device=str(self.device))
         console = Console(request.rounds)

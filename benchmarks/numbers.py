@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyvideo_kernels.benchmarks.plots as plots
+import pyvideo_kernels.benchmarks.report.plots as plots
+import pyvideo_kernels.benchmarks.report.tables as tables
 import pyvideo_kernels.benchmarks.results as results
-import pyvideo_kernels.benchmarks.tables as tables
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, exit_code

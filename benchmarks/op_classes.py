@@ -43,6 +43,9 @@ PYVIDEO_KINDS = {
     "patch_embed3d": "gemm",
     "spacetime_attention": "attention",
     "int8_attention": "attention",
+    "block_sparse_attention": "attention",
+    # The means of tiles choose what sparse attention looks at: a part of its price.
+    "block_mean": "attention",
     "causal_conv3d": "conv",
 }
 
@@ -98,7 +101,7 @@ _KERNEL_KINDS = (
         r"gemm|nvjet|gemv|xmma|cublas|cutlass|s16816|s1688|Cijk_|matmul|splitK(reduce)?_|_scaled_mm|dot_kernel", re.I)),
     ("pointwise", re.compile(
         r"elementwise|reduce_kernel|layer_?norm|rms_?norm|RowwiseMoments|group_?norm|CatArray|upsample|index|gather|"
-        r"copy|gelu|silu|pad|modulat|rope|rotary|residual|Memcpy DtoD|Memset|at::native|at_cuda_detail|"
+        r"copy|gelu|silu|pad|modulat|rope|rotary|residual|_key_mean|_delta_kernel|Memcpy DtoD|Memset|at::native|at_cuda_detail|"
         r"transpose", re.I)),
 )  # fmt: skip
 _OURS = re.compile(

@@ -11,10 +11,10 @@ import os
 import pytest
 import torch
 
-from pyvideo_kernels.benchmarks import agreement, baselines, results
+from pyvideo_kernels.benchmarks import results
 from pyvideo_kernels.benchmarks.backends import backend_for
-from pyvideo_kernels.benchmarks.ops import DTYPES
-from pyvideo_kernels.benchmarks.ops_row import fresh, run_ours, tolerance
+from pyvideo_kernels.benchmarks.ops import DTYPES, agreement, baselines
+from pyvideo_kernels.benchmarks.ops.row import fresh, run_ours, tolerance
 from pyvideo_kernels.benchmarks.registry import ENTRIES, weight_of
 from pyvideo_kernels.benchmarks.timing import Rotation
 from pyvideo_kernels.schemas import OPS

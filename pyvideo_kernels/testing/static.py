@@ -302,7 +302,7 @@ def check_tuned(path: Path) -> list[str]:
     A row may say in ``allow_spill`` why its spills are accepted. Rows of other kernels and tables of another Triton
     choose nothing here: they are held to be legal, and are not compiled.
     """
-    from pyvideo_kernels.benchmarks.launches import Job, Launch, compile_job
+    from pyvideo_kernels.benchmarks.tune.launches import Job, Launch, compile_job
 
     problems = []
     try:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from pyvideo_kernels.benchmarks.slice_process import Outcome
+from pyvideo_kernels.benchmarks.campaign.worker import Outcome
 
 
 def good(job):

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from pyvideo_kernels.benchmarks import peer
+from pyvideo_kernels.benchmarks.peers import package as peer
 
 
 @pytest.fixture

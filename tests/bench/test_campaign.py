@@ -13,22 +13,17 @@ import pytest
 import torch
 
 from pyvideo_kernels import collect_env, dispatch
-from pyvideo_kernels.benchmarks import (
-    campaign,
-    campaign_state,
-    correctness,
-    e2e,
-    launches,
-    numbers,
-    results,
-    session,
-    slice_process,
-    slice_runs,
-    slices,
-)
-from pyvideo_kernels.benchmarks.campaign_state import State
+from pyvideo_kernels.benchmarks import e2e, numbers, results
+from pyvideo_kernels.benchmarks.campaign import correctness, slices
+from pyvideo_kernels.benchmarks.campaign import run as campaign
+from pyvideo_kernels.benchmarks.campaign import runs as slice_runs
+from pyvideo_kernels.benchmarks.campaign import state as campaign_state
+from pyvideo_kernels.benchmarks.campaign import worker as slice_process
+from pyvideo_kernels.benchmarks.campaign.slices import Slice
+from pyvideo_kernels.benchmarks.campaign.state import State
+from pyvideo_kernels.benchmarks.e2e import session
 from pyvideo_kernels.benchmarks.registry import ENTRIES
-from pyvideo_kernels.benchmarks.slices import Slice
+from pyvideo_kernels.benchmarks.tune import launches
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import ValueOptionError
 from pyvideo_kernels.schemas import OPS
@@ -240,8 +235,8 @@ def test_a_signal_keeps_what_is_finished(tmp_path):
 import sys, time
 from pathlib import Path
 from pyvideo_kernels import collect_env
-from pyvideo_kernels.benchmarks import campaign, slices
-from pyvideo_kernels.benchmarks.slices import Slice
+from pyvideo_kernels.benchmarks.campaign import run as campaign, slices
+from pyvideo_kernels.benchmarks.campaign.slices import Slice
 slices.plan = lambda dry: [Slice("a", "test", "{HERE}:good", 1.0), Slice("b", "test", "{HERE}:hangs", 30.0)]
 sys.exit(campaign.main(["--device", "cpu", "--dry", "--minutes", "5", "--out", sys.argv[1]]))
 """
@@ -331,24 +326,25 @@ def test_a_result_depends_on_the_op_s_sources_and_tuned_configurations(tmp_path,
 
 
 def test_a_result_depends_on_what_measures_it_and_not_on_what_shows_it():
-    names = {root: {path.stem for path in slices.measuring(root)} for root in ("ops", "tune", "e2e")}
+    def named(root):
+        files = (path.relative_to(ROOT / "benchmarks").with_suffix("") for path in slices.measuring(root))
+        return {".".join(part for part in file.parts if part != "__init__") for file in files}
+
+    names = {root: named(root) for root in ("ops", "tune.run", "e2e")}
     shared = {"timing", "backends"}
-    assert names["ops"] >= shared | {
-        "ops_row",
-        "registry",
-        "shapes",
-        "eager",
-        "baselines",
-        "agreement",
-        "peer",
-        "peers",
-    }
-    assert names["ops"] >= {path.stem for path in (ROOT / "benchmarks").glob("peers_*.py")}  # a new one counts too
-    assert names["tune"] >= shared | {"tune_search", "launches", "registry", "shapes"} and "e2e" not in names["tune"]
-    assert names["e2e"] >= shared | {"session", "attention_choice", "quality", "profile", "random_weights", "families"}
-    assert not set().union(*names.values()) & {"tables", "plots", "numbers", "results", "campaign", "cli"}
+    assert names["ops"] >= shared | {"ops.row", "ops.baselines", "ops.agreement", "registry", "shapes", "eager"}
+    peers = {f"peers.{path.stem}" for path in (ROOT / "benchmarks" / "peers").glob("[!_]*.py")}
+    assert len(peers) >= 5 and names["ops"] >= peers | {"peers"}  # a new one counts too
+    assert names["tune.run"] >= shared | {"tune.search", "tune.launches", "registry", "shapes"}
+    assert "e2e" not in names["tune.run"]
+    assert names["e2e"] >= shared | {
+        "e2e.session", "e2e.attention_choice", "e2e.quality", "profile", "models", "models.random_weights",
+        "models.families",
+    }  # fmt: skip
+    shown = {name.rpartition(".")[2] for name in set().union(*names.values())}
+    assert not shown & {"tables", "plots", "numbers", "results", "campaign", "cli", "table", "console"}
     (clip,) = (each for each in slices.plan() if each.name == "e2e-wan2.1-14b-480p")
-    assert ROOT / "benchmarks" / "architectures" / "wan2.1-14b.json" in clip.files
+    assert ROOT / "benchmarks" / "models" / "architectures" / "wan2.1-14b.json" in clip.files
 
 
 def test_only_names_slices_patterns_and_groups():
@@ -438,7 +434,7 @@ def test_a_lost_card_ends_the_session(tmp_path):
     plugin = correctness.Rows("op", on_card=True)
     code = """
 import json, sys, pytest
-from pyvideo_kernels.benchmarks import correctness
+from pyvideo_kernels.benchmarks.campaign import correctness
 plugin = correctness.Rows("op", on_card=True)
 pytest.main([sys.argv[1], "-q", "-p", "no:cacheprovider", "--rootdir", sys.argv[2]], plugins=[plugin])
 print(json.dumps(list(plugin.rows.values())))

@@ -12,13 +12,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from pyvideo_kernels.benchmarks import clips, e2e, models, quality, results, session
-from pyvideo_kernels.benchmarks import statements as said
+from pyvideo_kernels.benchmarks import e2e, models, results
 from pyvideo_kernels.benchmarks.cli import app
-from pyvideo_kernels.benchmarks.clips import Clip, Clock, ratios, run_clip, seconds, turns
-from pyvideo_kernels.benchmarks.e2e import Request
-from pyvideo_kernels.benchmarks.session import Session, Source
-from pyvideo_kernels.benchmarks.variants import parse, parse_all
+from pyvideo_kernels.benchmarks.e2e import Request, clips, quality, session
+from pyvideo_kernels.benchmarks.e2e import statements as said
+from pyvideo_kernels.benchmarks.e2e.clips import Clip, Clock, ratios, run_clip, seconds, turns
+from pyvideo_kernels.benchmarks.e2e.session import Session, Source
+from pyvideo_kernels.benchmarks.e2e.variants import parse, parse_all
 from pyvideo_kernels.error_types import ModelError, UsageError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, Interrupted
 
@@ -150,7 +150,7 @@ def test_statements_name_both_sides_their_kernels_the_clip_and_the_machine():
             {"variant": "x", "error": "e"},
         ],
     }
-    sentences = said.statements(result)
+    sentences = said.speed_statements(result)
     assert [sentence.split(":")[0] for sentence in sentences] == [
         "compile against eager",
         "ours against eager",
@@ -167,7 +167,7 @@ def test_statements_name_both_sides_their_kernels_the_clip_and_the_machine():
         assert part in sentences[2]
     assert "within the spread" not in sentences[2]
     result["rows"] = [_row("eager", 4.0, 2.0), _row("ours", 3.0, 0.1, accelerate={})]
-    assert "the same within the spread" in said.statements(result)[0]
+    assert "the same within the spread" in said.speed_statements(result)[0]
 
 
 # What is refused before a model is loaded ---------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("diffusers", reason="video models are diffusers pipelines")
 
 from pyvideo_kernels.benchmarks import models
-from pyvideo_kernels.benchmarks.architecture import FOLDER
-from pyvideo_kernels.benchmarks.families import FAMILIES
-from pyvideo_kernels.benchmarks.random_weights import fill, skeleton, weight_bytes
+from pyvideo_kernels.benchmarks.models.architecture import FOLDER
+from pyvideo_kernels.benchmarks.models.families import FAMILIES
+from pyvideo_kernels.benchmarks.models.random_weights import fill, skeleton, weight_bytes
 from pyvideo_kernels.errors import ModelError, UsageError, ValueOptionError
 from pyvideo_kernels.sampler import loading
 from pyvideo_kernels.sampler.problems import OutOfMemoryError

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from pyvideo_kernels.benchmarks import numbers, plots, results, tables
+from pyvideo_kernels.benchmarks import numbers, results
+from pyvideo_kernels.benchmarks.report import plots, tables
 from pyvideo_kernels.error_types import ValueOptionError
 
 RESULTS = numbers.ROOT / "benchmarks" / "results"

@@ -10,9 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from pyvideo_kernels import dispatch
-from pyvideo_kernels.benchmarks import agreement, baselines, ops_row, ops_table, results
 from pyvideo_kernels.benchmarks import ops as bench
+from pyvideo_kernels.benchmarks import results
 from pyvideo_kernels.benchmarks.backends import CpuBackend
+from pyvideo_kernels.benchmarks.ops import agreement, baselines
+from pyvideo_kernels.benchmarks.ops import row as ops_row
+from pyvideo_kernels.benchmarks.ops import table as ops_table
 from pyvideo_kernels.benchmarks.peers import Peer
 from pyvideo_kernels.benchmarks.registry import ENTRIES, moved_bytes
 from pyvideo_kernels.error_types import UnsupportedError, UsageError, ValueOptionError

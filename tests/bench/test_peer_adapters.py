@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyvideo_kernels.benchmarks import peers_attention, peers_torch
+from pyvideo_kernels.benchmarks.peers import attention as peers_attention
 from pyvideo_kernels.benchmarks.peers import peers_for
+from pyvideo_kernels.benchmarks.peers import torch_attention as peers_torch
 
 from .peers_helpers import CPU, CUDA, GRID, HEAD_DIM, HEADS, attend, check, oracle, qkv
 

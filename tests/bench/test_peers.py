@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import pyvideo_kernels as pv
-from pyvideo_kernels.benchmarks import peer, peers_attention, peers_torch
-from pyvideo_kernels.benchmarks.peer import Package, order
+from pyvideo_kernels.benchmarks.peers import attention as peers_attention
 from pyvideo_kernels.benchmarks.peers import detect, peers_for
+from pyvideo_kernels.benchmarks.peers import package as peer
+from pyvideo_kernels.benchmarks.peers import torch_attention as peers_torch
+from pyvideo_kernels.benchmarks.peers.package import Package, order
 from pyvideo_kernels.benchmarks.registry import ENTRIES
 
 from .peers_helpers import CPU, CUDA, attend, check, qkv

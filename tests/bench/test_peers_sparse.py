@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pyvideo_kernels as pv
-from pyvideo_kernels.benchmarks import peers_torch
 from pyvideo_kernels.benchmarks.peers import peers_for
+from pyvideo_kernels.benchmarks.peers import torch_attention as peers_torch
 
 from .peers_helpers import CPU, CUDA, check
 

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from pyvideo_kernels.benchmarks import drawing, plots
-from pyvideo_kernels.benchmarks.tables import number, rate, ratio
+from pyvideo_kernels.benchmarks.report import drawing, plots
+from pyvideo_kernels.benchmarks.report.tables import number, rate, ratio
 from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 
 from . import sample_results

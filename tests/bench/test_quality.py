@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyvideo_kernels.benchmarks import quality
-from pyvideo_kernels.benchmarks.quality import BrokenVideo
+from pyvideo_kernels.benchmarks.e2e import quality
+from pyvideo_kernels.benchmarks.e2e.quality import BrokenVideo
 
 RNG = np.random.default_rng(0)
 VIDEO = RNG.random((3, 24, 32, 3), dtype=np.float32) * 0.5

@@ -6,8 +6,17 @@ import json
 
 import pytest
 
-from pyvideo_kernels.benchmarks import op_classes, tables
-from pyvideo_kernels.benchmarks.tables import markdown, number, rate, ratio, rich_table, short_kernel, with_spread
+from pyvideo_kernels.benchmarks import op_classes
+from pyvideo_kernels.benchmarks.report import tables
+from pyvideo_kernels.benchmarks.report.tables import (
+    markdown,
+    number,
+    rate,
+    ratio,
+    rich_table,
+    short_kernel,
+    with_spread,
+)
 from pyvideo_kernels.errors import ValueOptionError
 
 from . import sample_results

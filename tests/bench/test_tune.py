@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyvideo_kernels.benchmarks import launches, results, tune, tune_search
-from pyvideo_kernels.benchmarks.launches import Compiled, Job, Launch
+from pyvideo_kernels.benchmarks import results
 from pyvideo_kernels.benchmarks.timing import Timing
-from pyvideo_kernels.benchmarks.tune_search import OutOfTime, Question, Search
+from pyvideo_kernels.benchmarks.tune import launches
+from pyvideo_kernels.benchmarks.tune import run as tune
+from pyvideo_kernels.benchmarks.tune import search as tune_search
+from pyvideo_kernels.benchmarks.tune.launches import Compiled, Job, Launch
+from pyvideo_kernels.benchmarks.tune.search import OutOfTime, Question, Search
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 from pyvideo_kernels.schemas import OPS

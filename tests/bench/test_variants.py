@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyvideo_kernels.benchmarks import attention_choice, models, quality
-from pyvideo_kernels.benchmarks.variants import (
+from pyvideo_kernels.benchmarks import models
+from pyvideo_kernels.benchmarks.e2e import attention_choice, quality
+from pyvideo_kernels.benchmarks.e2e.variants import (
     BASE,
     Compile,
     Variant,
@@ -204,7 +205,7 @@ def test_outputs_of_cuda_graphs_are_copied(pipe, monkeypatch):
     own = sharing_copy(pipe.transformer)
     buffer = torch.zeros(3)
     monkeypatch.setattr(type(own), "compile", lambda self, **_: setattr(self, "_compiled_call_impl", lambda: (buffer,)))
-    from pyvideo_kernels.benchmarks import variants
+    from pyvideo_kernels.benchmarks.e2e import variants
 
     fake = type("Pipe", (), {"transformer": own, "vae": None})()
     variants._compile(fake, Compile(mode="reduce-overhead"))

@@ -112,8 +112,10 @@ def test_wheel_contents(wheel):
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pyvideo_kernels").rglob("*.py")}
     assert sources <= names
     assert "pyvideo_kernels/py.typed" in names
-    benchmarks = {p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").glob("*.py")}
-    architectures = {p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks" / "architectures").glob("*.json")}
+    benchmarks = {p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").rglob("*.py")}
+    architectures = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks" / "models" / "architectures").glob("*.json")
+    }
     assert len(architectures) >= 12 and {f"pyvideo_kernels/{name}" for name in benchmarks | architectures} <= names
     # Results are measured in a checkout, and published from there.
     assert not [n for n in names if n.startswith("pyvideo_kernels/benchmarks/results/")]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import pyvideo_kernels as pv
 from pyvideo_kernels.attention_choice import DENSE
 from pyvideo_kernels.attention_text import choose
-from pyvideo_kernels.benchmarks.variants import parse
+from pyvideo_kernels.benchmarks.e2e.variants import parse
 from pyvideo_kernels.errors import UnsupportedError, UsageError, ValueOptionError
 from pyvideo_kernels.integrations import swap
 from pyvideo_kernels.sampler import Sampler, Settings

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import pyvideo_kernels as pv
 from pyvideo_kernels.attention_text import choose
-from pyvideo_kernels.benchmarks import quality
+from pyvideo_kernels.benchmarks.e2e import quality
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.integrations import swap
 from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps

@@ -273,8 +273,8 @@ def test_what_is_legal_depends_on_the_shape():
 
 @pytest.fixture(scope="module")
 def keys():
-    from pyvideo_kernels.benchmarks.launches import asked, launches_of
     from pyvideo_kernels.benchmarks.registry import ENTRIES
+    from pyvideo_kernels.benchmarks.tune.launches import asked, launches_of
 
     found = {}
     for op in ENTRIES:

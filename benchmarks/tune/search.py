@@ -16,10 +16,10 @@ from torch import Tensor
 from pyvideo_kernels.configs import forced_arch, forced_config, target_of, tuned
 from pyvideo_kernels.testing.conditions import poisoned
 
-from .backends import backend_for
+from ..backends import backend_for
+from ..registry import weight_of
+from ..timing import Rotation, Timing, interleaved
 from .launches import Compiled, Compiler, Job, Launch, samples_of
-from .registry import weight_of
-from .timing import Rotation, Timing, interleaved
 
 GAIN = 0.02
 # How many are left after each pass over the smallest shape, and its rounds; the last ones meet every shape. A pass

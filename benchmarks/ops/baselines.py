@@ -11,8 +11,8 @@ import torch
 from pyvideo_kernels.error_types import ValueOptionError
 from pyvideo_kernels.sampler.problems import did_you_mean
 
-from .peers import Peer, peers_for
-from .registry import Entry
+from ..peers import Peer, peers_for
+from ..registry import Entry
 
 Inputs = dict[str, Any]
 OWN = ("eager", "compile")

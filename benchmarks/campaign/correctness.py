@@ -15,9 +15,9 @@ from pyvideo_kernels import verdicts
 from pyvideo_kernels.schemas import OPS
 
 if TYPE_CHECKING:
-    from .launches import Compiler
+    from ..tune.launches import Compiler
 
-TESTS = Path(__file__).resolve().parents[1] / "tests" / "ops"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "ops"
 # Test files beyond an op's own.
 _MORE = {
     "unipc_step": ("test_schedule.py",),
@@ -99,7 +99,7 @@ def compile_ahead(op: str, device: torch.device, seconds: float = 90.0, workers:
     """
     from pyvideo_kernels import dispatch, verify
 
-    from .launches import Job, samples_of
+    from ..tune.launches import Job, samples_of
 
     arch = dispatch.arch_of(device)
     jobs = [
@@ -117,7 +117,7 @@ def compile_ahead(op: str, device: torch.device, seconds: float = 90.0, workers:
 @functools.cache
 def _compiler(workers: int) -> Compiler:
     """One for all ops that this process checks: its workers take longer to start than a small op to compile."""
-    from .launches import Compiler
+    from ..tune.launches import Compiler
 
     return Compiler(workers)
 

@@ -33,14 +33,15 @@ from typing import Any
 import torch
 
 from pyvideo_kernels import verdicts
-from pyvideo_kernels.benchmarks import slices
-from pyvideo_kernels.benchmarks.campaign_state import State
-from pyvideo_kernels.benchmarks.slice_process import RUNNING, Process
-from pyvideo_kernels.benchmarks.slices import ROOT, Slice
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, did_you_mean, exit_code
 from pyvideo_kernels.sampler.video import check_folder
+
+from . import slices
+from .slices import ROOT, Slice
+from .state import State
+from .worker import RUNNING, Process
 
 RESERVE = 10.0
 """Seconds kept for the last pictures and the summary."""
@@ -336,7 +337,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry", action="store_true", help="the same slices on tiny shapes; refused by every table")
     parser.add_argument("--revision", help="git revision of a checkout that was copied without its .git")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

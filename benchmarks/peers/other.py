@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyvideo_kernels.collect_env import cudnn_version
 
-from .peer import HALF, Inputs, Package, Peer, needs_dtype, needs_nvidia, skipped
+from .package import HALF, Inputs, Package, Peer, needs_dtype, needs_nvidia, skipped
 
 LIGER = Package(
     "liger-kernel", "liger_kernel", ("liger_kernel.transformers.functional",), "liger_rms_norm",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .timing import Timing
+from ..timing import Timing
 
 _T = TypeVar("_T")
 PHASES = ("step", "denoise", "decode", "total")

@@ -19,11 +19,11 @@ from pyvideo_kernels.error_types import UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, Interrupted, OutputError, did_you_mean
 from pyvideo_kernels.schemas import OPS
 
-from . import results
-from .ops_row import Row, Runner
-from .ops_table import printer_for
-from .registry import ENTRIES
-from .timing import ceilings, dtype_name
+from .. import results
+from ..registry import ENTRIES
+from ..timing import ceilings, dtype_name
+from .row import Row, Runner
+from .table import printer_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 QUICK_ROUNDS = 3

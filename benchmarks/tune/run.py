@@ -26,16 +26,17 @@ from typing import Any
 
 import torch
 
-from pyvideo_kernels.benchmarks.launches import Compiler, Launch, asked, launches_of
-from pyvideo_kernels.benchmarks.registry import ENTRIES
-from pyvideo_kernels.benchmarks.results import SCHEMA, provenance, write
-from pyvideo_kernels.benchmarks.timing import interleaved
-from pyvideo_kernels.benchmarks.tune_search import GAIN, OutOfTime, Question, Say, Search, Timer
 from pyvideo_kernels.configs import forced_arch, target_of, tuned
 from pyvideo_kernels.dispatch import interpreting
 from pyvideo_kernels.errors import DeviceError, PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, check_op
+
+from ..registry import ENTRIES
+from ..results import SCHEMA, provenance, write
+from ..timing import interleaved
+from .launches import Compiler, Launch, asked, launches_of
+from .search import GAIN, OutOfTime, Question, Say, Search, Timer
 
 
 @dataclass
@@ -299,7 +300,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         f" {len(summary['skipped'])} finished before, {len(summary['left'])} left, {len(summary['wrong'])} wrong"
     )
     return 1 if summary["wrong"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from . import peers_attention, peers_other, peers_sparse
-from .peer import Peer as Peer
-from .peer import installed
+from . import attention, other, sparse
+from .package import Peer as Peer
+from .package import installed
 
 
 def peers_for(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Peer]:
     """Every peer of ``op`` by name, those that cannot run on ``device`` in ``dtype`` with ``why_not``."""
     if op == "spacetime_attention":
-        found = peers_attention.peers(device, dtype)
+        found = attention.peers(device, dtype)
     elif op == "block_sparse_attention":
-        found = peers_sparse.peers(device, dtype)
-    elif op in peers_other.OPS:
-        found = peers_other.OPS[op](device, dtype)
+        found = sparse.peers(device, dtype)
+    elif op in other.OPS:
+        found = other.OPS[op](device, dtype)
     else:
         found = []
     return {peer.name: peer for peer in found}
@@ -32,7 +32,7 @@ def detect(load: bool = True) -> list[tuple[str, str | None, str | None]]:
         load: import those that are installed, and say why where that fails; else only their versions are looked up.
     """
     rows: list[tuple[str, str | None, str | None]] = []
-    for package in peers_attention.PACKAGES + peers_other.PACKAGES:
+    for package in attention.PACKAGES + other.PACKAGES:
         if load:
             found = package.find()
             rows.append((package.name, found.version, found.why_not))

@@ -262,7 +262,7 @@ class Session:
 
     def look_into(self, entry: Entry) -> None:
         """Where the time goes: one denoising step and one decode under the profiler, outside the timings."""
-        from . import profile
+        from .. import profile
 
         assert entry.built is not None
         pipe, decode = entry.built.pipe, self.source.decode

@@ -13,10 +13,10 @@ from pyvideo_kernels import dispatch
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, check_op
 
+from ..backends import backend_for
+from ..registry import Entry, moved_bytes, weight_of
+from ..timing import TF32, Rotation, Timing, Variant, dtype_name, interleaved
 from . import agreement, baselines
-from .backends import backend_for
-from .registry import Entry, moved_bytes, weight_of
-from .timing import TF32, Rotation, Timing, Variant, dtype_name, interleaved
 
 Row = dict[str, Any]
 

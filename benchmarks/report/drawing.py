@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvideo_kernels.errors import UnsupportedError, ValueOptionError
 
-from .op_classes import CLASSES
+from ..op_classes import CLASSES
 from .tables import clip, machine, short_dtype
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import ValueOptionError
 from pyvideo_kernels.schemas import OPS
 
-from .registry import ENTRIES
+from ..registry import ENTRIES
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS = "pyvideo_kernels.benchmarks.slice_runs"
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = "pyvideo_kernels.benchmarks.campaign.runs"
 
 # The most valuable first: where a video model spends its time. What is not named follows in the registry's order.
 _FIRST = (
@@ -38,7 +38,7 @@ _FIRST = (
     "layer_norm_modulate",
 )
 # Keeps and shows results: no number depends on it.
-_SHOWS = ("results", "ops_table", "tables", "console", "statements", "compare", "plots", "numbers")
+_SHOWS = ("results", "compare", "numbers", "report", "ops.table", "e2e.console", "e2e.statements")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Slice:
     Args:
         name: stem of its result file.
         group: slices of one group may share a process as long as each of them ends well; see ``alone``.
-        run: ``"module:function"``; called in the worker with a ``slice_process.Job``.
+        run: ``"module:function"``; called in the worker with a ``worker.Job``.
         seconds: what it takes on an H100, about.
         least: it is not started with less than this left: ``seconds``, but for one that goes on where it stopped.
         parameters: what is measured.
@@ -140,21 +140,45 @@ def families() -> dict[str, list[str]]:
 
 @functools.cache
 def measuring(*modules: str) -> tuple[Path, ...]:
-    """The files of these modules and of all that they import here, inside functions too, but for what shows results."""
+    """The files of these modules and of all that they import here, inside functions too, but for what shows results.
+
+    Args:
+        modules: dotted names within ``benchmarks``, a package for its ``__init__``.
+    """
     found: dict[str, Path] = {}
     todo = list(modules)
     while todo:
         name = todo.pop()
-        path = ROOT / "benchmarks" / f"{name}.py"
-        if name in found or name in _SHOWS or not path.is_file():
+        path = _file_of(name)
+        if name in found or path is None or any(name == shown or name.startswith(f"{shown}.") for shown in _SHOWS):
             continue
         found[name] = path
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ImportFrom):
-                module = (node.module or "").removeprefix("pyvideo_kernels.benchmarks").lstrip(".")
-                if node.level == 1 or module != (node.module or ""):
-                    todo += [module] if module else [alias.name for alias in node.names]
+                todo += _imported(node, package)
     return tuple(found[name] for name in sorted(found))
+
+
+def _file_of(name: str) -> Path | None:
+    base = ROOT.joinpath("benchmarks", *name.split("."))
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+
+def _imported(node: ast.ImportFrom, package: str) -> list[str]:
+    """Modules of ``benchmarks`` that an import may mean; ``package`` is where it stands."""
+    installed = "pyvideo_kernels.benchmarks"
+    if node.level:
+        parts = package.split(".") if package else []
+        base = parts[: len(parts) - node.level + 1]
+    elif (node.module or "").partition(f"{installed}.")[0] == "" or node.module == installed:
+        base = []
+    else:
+        return []
+    module = (node.module or "").removeprefix(installed).lstrip(".")
+    name = ".".join([*base, *([module] if module else [])])
+    # Each name may be a module of that package, or something defined in it.
+    return [n for n in (name, *(f"{name}.{alias.name}".lstrip(".") for alias in node.names)) if n]
 
 
 def plan(*, dry: bool = False) -> list[Slice]:
@@ -186,7 +210,7 @@ def plan(*, dry: bool = False) -> list[Slice]:
         if "triton" in OPS[op].impls:
             out.append(
                 Slice(
-                    f"tune-{op}", "tune", f"{RUNS}:tune", _TUNING.get(op, 60), {"ops": entries}, measuring("tune"),
+                    f"tune-{op}", "tune", f"{RUNS}:tune", _TUNING.get(op, 60), {"ops": entries}, measuring("tune.run"),
                     ops=(op,), tuned=False, least=40,
                 )
             )  # fmt: skip
@@ -216,7 +240,7 @@ def _clip(name: str, seconds: float, dry: bool, ops: Iterable[str] = (), **param
     parameters = {**_CLIP, **parameters}
     if dry:
         parameters |= {**_DRY_CLIP, "variants": ("eager", "ours")}
-    architecture = ROOT / "benchmarks" / "architectures" / f"{parameters['model']}.json"
+    architecture = ROOT / "benchmarks" / "models" / "architectures" / f"{parameters['model']}.json"
     return Slice(
         name, "e2e", f"{RUNS}:e2e", seconds, parameters, (*measuring("e2e"), architecture),
         ops=tuple(ops or families()), needs=("diffusers", "transformers"), alone=True,

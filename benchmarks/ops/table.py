@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
-from . import tables
+from ..report import tables
 
 Row = dict[str, Any]
 _SHORT = {"implementation": "impl", "median ms": "ms", "of ceiling": "ceiling"}

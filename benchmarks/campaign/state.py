@@ -10,9 +10,9 @@ from typing import Any
 
 from pyvideo_kernels.error_types import ValueOptionError
 
-from . import results
-from .slice_process import DRY
+from .. import results
 from .slices import Slice
+from .worker import DRY
 
 FILE = "campaign.json"
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyvideo_kernels.reference.block_mean import blocks_of, tile_sizes
 
-from . import peers_torch
-from .peer import HALF, Inputs, Package, Peer, needs_dtype, needs_nvidia, skipped
-from .peers_torch import beyond, qkv
+from . import torch_attention
+from .package import HALF, Inputs, Package, Peer, needs_dtype, needs_nvidia, skipped
+from .torch_attention import beyond, qkv
 
 FASTVIDEO = Package(
     "fastvideo-kernel", "fastvideo-kernel", ("fastvideo_kernel",), "block_sparse_attn_from_indices",
@@ -154,7 +154,7 @@ def _flex(inputs: Inputs) -> Tensor:
     size = prod(_boxes(inputs)[1])
     # Its own choice of tiles may not divide blocks of 64.
     options = {"BLOCK_M": size, "BLOCK_N": 64} if q.device.type == "cuda" else None
-    out = peers_torch._compiled_flex()(
+    out = torch_attention._compiled_flex()(
         q, k, v, block_mask=inputs["block_mask"], scale=inputs.get("scale"), enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=options,
     )  # fmt: skip

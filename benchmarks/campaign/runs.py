@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from .slice_process import Job, Outcome
+from .worker import Job, Outcome
 
 # What a key in hand takes to stop, and the process to start, of the seconds that a tuning slice has.
 _TUNE_MARGIN = 15.0
@@ -27,7 +27,7 @@ def environment(job: Job) -> Outcome:
     """What the machine is, and the rates that shares are shares of."""
     from pyvideo_kernels import collect_env
 
-    from .timing import copy_bandwidth, gemm_rate
+    from ..timing import copy_bandwidth, gemm_rate
 
     device = torch.device(job.device)
     sizes = (1 << 20, 64) if job.dry else (None, None)
@@ -66,7 +66,7 @@ def _outcomes(rows: list[dict[str, Any]]) -> Outcome:
 
 def ops(job: Job) -> Outcome:
     """The ops against eager, torch.compile and every peer that is here."""
-    from . import ops as bench
+    from .. import ops as bench
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.parameters["dtype"]]
     names, device = job.parameters["ops"], torch.device(job.device)
@@ -92,7 +92,7 @@ def _speeds(rows: list[dict[str, Any]]) -> Outcome:
 
 def tune(job: Job) -> Outcome:
     """Launch configurations of every registered shape of the op, into the card's table."""
-    from . import tune as tuner
+    from ..tune import run as tuner
 
     names = job.parameters["ops"]
     if job.dry:
@@ -116,8 +116,8 @@ def tune(job: Job) -> Outcome:
 
 def e2e(job: Job) -> Outcome:
     """A model end to end, at its true size with random weights; variants that do not fit wait for another time."""
-    from . import e2e as bench
-    from .session import LEFT_OUT
+    from .. import e2e as bench
+    from ..e2e.session import LEFT_OUT
 
     seconds = max(1.0, job.seconds - _CLIP_MARGIN)
     result = bench.run(bench.Request(random_weights=True, device=job.device, seconds=seconds, **job.parameters))
@@ -135,7 +135,7 @@ def e2e(job: Job) -> Outcome:
 
 def report(job: Job) -> Outcome:
     """The results so far as a page and plots where git ignores them."""
-    from . import numbers
+    from .. import numbers
 
     folder = Path(job.parameters["folder"])
     into = folder / "report" if job.dry else numbers.ROOT / "runs" / "campaign" / folder.name
@@ -154,7 +154,7 @@ _TINY = {
 @contextlib.contextmanager
 def tiny_shapes(names: Iterable[str]) -> Iterator[None]:
     """Within: the registry's CPU shapes of these ops are one of a few elements."""
-    from .registry import ENTRIES
+    from ..registry import ENTRIES
 
     before = {name: ENTRIES[name] for name in names}
     for name, entry in before.items():

@@ -21,11 +21,11 @@ from pyvideo_kernels.sampler.loading import dtype_name, is_out_of_memory, pick_d
 from pyvideo_kernels.sampler.problems import Exit, Interrupted, OutOfMemoryError, did_you_mean
 from pyvideo_kernels.sampler.video import check_folder, write_bytes
 
-from . import models, results
+from .. import models, results
+from ..timing import copy_bandwidth, gemm_rate
 from .console import Console
 from .session import Entry, Session, Source
-from .statements import statements
-from .timing import copy_bandwidth, gemm_rate
+from .statements import speed_statements
 from .variants import BASE, Variant, default_attention_backend, parse_all
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -130,7 +130,7 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
     session.run(request.rounds)
     result["rows"] = session.rows()
     del result["interrupted"]
-    result["statements"] = statements(result)
+    result["statements"] = speed_statements(result)
     return result
 
 
@@ -277,7 +277,7 @@ def command(request: Request, output: Path) -> None:
 
 def write_all(result: dict[str, Any], output: Path, console: Console) -> list[Path]:
     """JSON, markdown and plots of a result."""
-    from . import plots, tables
+    from ..report import plots, tables
 
     paths = [results.write(output / f"{stem(result)}.json", result)]
     page = [f"# {tables.clip(result['settings'])}, {tables.machine(result)}", "", tables.markdown(result)]

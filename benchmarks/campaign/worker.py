@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TAIL = 3000
 """Characters of a failed slice's output that are kept."""
 RUNNING = ".running"
@@ -107,7 +107,7 @@ class Process:
         receive, send = os.pipe()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "benchmarks.slice_process", str(send), device],
+                [sys.executable, "-u", "-m", "benchmarks.campaign.worker", str(send), device],
                 cwd=ROOT,
                 env=os.environ | dict(environment or {}),
                 stdin=subprocess.PIPE,
@@ -223,7 +223,7 @@ def serve(send: int, device: str) -> None:
 
 if __name__ == "__main__":
     # By its installed name: the slices import this module too, and must find the same classes.
-    from pyvideo_kernels.benchmarks import slice_process
+    from pyvideo_kernels.benchmarks.campaign import worker
 
     os.set_inheritable(int(sys.argv[1]), False)  # a child of ours must not keep the parent waiting
-    slice_process.serve(int(sys.argv[1]), sys.argv[2])
+    worker.serve(int(sys.argv[1]), sys.argv[2])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..op_classes import CLASSES, GAPS, PHASES
 from .drawing import (
     CLASS_COLOURS,
     DARK,
@@ -32,7 +33,6 @@ from .drawing import (
     styled,
     title,
 )
-from .op_classes import CLASSES, GAPS, PHASES
 from .roofline import roofline
 from .tables import BASELINES, baselines, identical, number, ratio, short_dtype, versioned
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from . import tables
-from .compare import FLOOR, WIDTH
+from ..compare import FLOOR, WIDTH
+from ..report import tables
 
 _WORDS = {"total": "over a clip", "step": "in a denoising step", "decode": "in decoding"}
 
 
-def statements(result: Mapping[str, Any]) -> list[str]:
+def speed_statements(result: Mapping[str, Any]) -> list[str]:
     """A sentence for each variant and each baseline that it is held against.
 
     What runs our ops is held against all that does not; the rest against eager.

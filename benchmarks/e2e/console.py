@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from . import tables
+from ..report import tables
 
 
 class Console:

@@ -29,7 +29,7 @@ from pyvideo_kernels.schemas import NAMESPACE, OPS
 from pyvideo_kernels.testing import static
 from pyvideo_kernels.testing.compare import move, samples
 
-from .registry import ENTRIES, weight_of
+from ..registry import ENTRIES, weight_of
 
 _SAMPLE, _HEAD_DIM = "sample ", " of head_dim "
 META = torch.device("meta")

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pyvideo_kernels.collect_env import cudnn_version
 from pyvideo_kernels.reference.spacetime_attention import axis_window
 
-from .peer import HALF, Inputs, Peer, needs_dtype, skipped
+from .package import HALF, Inputs, Peer, needs_dtype, skipped
 
 
 def qkv(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

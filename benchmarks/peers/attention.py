@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import peers_torch
-from .peer import HALF, Inputs, Package, Peer, needs_dtype, needs_nvidia, skipped
-from .peers_torch import beyond, dense_only, qkv, windowed
+from . import torch_attention
+from .package import HALF, Inputs, Package, Peer, needs_dtype, needs_nvidia, skipped
+from .torch_attention import beyond, dense_only, qkv, windowed
 
 FLASH4 = Package(
     "flash-attn-4", "flash-attn-4", ("flash_attn.cute",), "flash_attn_func",
@@ -212,7 +212,7 @@ def peers(device: torch.device, dtype: torch.dtype) -> list[Peer]:
     sage_version = SAGE.find().version or "1"
     sage1 = sage_version.startswith("1.")
     return [
-        *peers_torch.peers(device, dtype),
+        *torch_attention.peers(device, dtype),
         _external(
             FLASH4, needs_nvidia(device) or half, _flash,
             _head_dim(lambda d: d % 8 == 0 and d <= 256, "a multiple of 8, at most 256 (128 on sm_100)"),
