@@ -101,8 +101,8 @@ _KERNEL_KINDS = (
         r"gemm|nvjet|gemv|xmma|cublas|cutlass|s16816|s1688|Cijk_|matmul|splitK(reduce)?_|_scaled_mm|dot_kernel", re.I)),
     ("pointwise", re.compile(
         r"elementwise|reduce_kernel|layer_?norm|rms_?norm|RowwiseMoments|group_?norm|CatArray|upsample|index|gather|"
-        r"copy|gelu|silu|pad|modulat|rope|rotary|residual|_key_mean|_delta_kernel|Memcpy DtoD|Memset|at::native|at_cuda_detail|"
-        r"transpose", re.I)),
+        r"copy|gelu|silu|pad|modulat|rope|rotary|residual|_key_mean|_delta_kernel|Memcpy DtoD|Memset|"
+        r"at::native|at_cuda_detail|transpose", re.I)),
 )  # fmt: skip
 _OURS = re.compile(
     "|".join(rf"(?:\b_?){name}(?:_\w*)?_kernel" for name in sorted(PYVIDEO_KINDS, key=len, reverse=True))
