@@ -40,9 +40,10 @@ def e2e(
         list[str] | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="A variant, once or more: eager, compile, ours, compile+ours. Keys: attention, impl, ops=a+b, strict "
-            "(accelerate's); scope=model|blocks, mode, dynamic, vae (torch.compile's); backend (diffusers' attention "
-            "backend, of any). Default: eager and ours.",
+            help="A variant, once or more: eager, compile, ours, compile+ours. Keys: attention=none, dense, int8, "
+            "window=TxHxW, top_k=N or share=P, each with its own keys (dense_steps=4, dense_layers=2, ...), impl, "
+            "ops=a+b, strict (accelerate's); scope=model|blocks, mode, dynamic, vae (torch.compile's); backend "
+            "(diffusers' attention backend, of any). Default: eager and ours.",
         ),
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="True size, no download.")] = False,

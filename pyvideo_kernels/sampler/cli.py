@@ -77,7 +77,7 @@ def sample(
     attention: Annotated[
         str | None,
         typer.Option(
-            metavar="dense|int8|fp8|KEY=VALUE,...",
+            metavar="dense|int8|KEY=VALUE,...",
             help="dense runs ours; window=0.5x0.5x0.5 (shares of the grid, or tokens), top_k=0.2 or share=0.9 less "
             "than all of it, with dense_layers=2,dense_steps=4 for exceptions; default: the model's own.",
         ),
@@ -288,7 +288,7 @@ def verify(
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
     dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
     attention: Annotated[
-        str | None, typer.Option(help="As for sample: dense checks ours; default: the model's own runs.")
+        str | None, typer.Option(help="dense checks ours; default: the model's own. Sparse and int8 are refused.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result file here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tables alone, no progress.")] = False,
