@@ -36,6 +36,7 @@ PYVIDEO_KINDS = {
     "qk_norm_rope": "pointwise",
     "qk_norm_rope_": "pointwise",
     "qk_norm_rope_int8": "pointwise",
+    "qk_norm_rope_means": "pointwise",
     "quantize_qk": "pointwise",
     "final_layer": "pointwise",
     "guidance_step": "pointwise",

@@ -29,6 +29,7 @@ _EXPORTS = {
     "merge_attention": "pyvideo_kernels.ops.spacetime_attention",
     "spacetime_attention_cost": "pyvideo_kernels.ops.attention_cost",
     "qk_norm_rope_int8": "pyvideo_kernels.ops.qk_norm_rope_int8",
+    "qk_norm_rope_means": "pyvideo_kernels.ops.qk_norm_rope_means",
     "quantize_qk": "pyvideo_kernels.ops.quantize_qk",
     "int8_attention": "pyvideo_kernels.ops.int8_attention",
     "block_mean": "pyvideo_kernels.ops.block_mean",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .ops.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_
     from .ops.qk_norm_rope_int8 import qk_norm_rope_int8 as qk_norm_rope_int8
+    from .ops.qk_norm_rope_means import qk_norm_rope_means as qk_norm_rope_means
     from .ops.quantize_qk import quantize_qk as quantize_qk
     from .ops.rms_norm import rms_norm as rms_norm
     from .ops.rms_norm_silu import rms_norm_silu as rms_norm_silu

@@ -21,8 +21,10 @@ Triple = tuple[int, int, int]
 _NATIVE = ("spacetime_attention",)
 _BY_PRECISION = {"int8": ("quantize_qk", "int8_attention")}
 _TILES = ("block_mean", "block_sparse_attention")
-PROLOGUES = {"int8": "qk_norm_rope_int8"}
-"""By precision, the norm and rotation of q and k that writes what the op of that precision reads."""
+PROLOGUES = {"int8": "qk_norm_rope_int8", "tiles": "qk_norm_rope_means"}
+"""By precision, or for a choice of tiles, the norm and rotation of q and k that writes what the ops after it read."""
+PREPARES = {"qk_norm_rope_int8": "quantize_qk", "qk_norm_rope_means": "block_mean"}
+"""The op that each of them makes unnecessary."""
 ATTENTION_OPS = frozenset((*_NATIVE, *_BY_PRECISION["int8"], *_TILES, *PROLOGUES.values()))
 """Ops that run only where ``attention=`` asks for them."""
 
@@ -60,7 +62,7 @@ class LayerAttention:
     @property
     def prologue(self) -> str | None:
         """The op that norms and rotates q and k for it; None: ``qk_norm_rope``, as for any other."""
-        return None if self.tiled else PROLOGUES.get(self.precision)
+        return PROLOGUES.get("tiles" if self.tiled else self.precision)
 
     @property
     def op(self) -> str:
@@ -234,7 +236,7 @@ class AttentionChoice:
         return tuple(dict.fromkeys(found))
 
     def prologues(self) -> tuple[str, ...]:
-        """Ops that make q and k for some layer in its precision."""
+        """Ops that make q and k for some layer, with what it reads besides."""
         found = (layer.prologue for layer in (self.base, *self.layers.values()))
         return tuple(dict.fromkeys(name for name in found if name is not None))
 

@@ -131,6 +131,12 @@ def _block_mean(x: Tensor, grid: Sequence[int], tile: Sequence[int], impl: str) 
     return x.new_empty((b, heads, _boxes(grid, tile), d), dtype=_fp32_or_64(x))
 
 
+def _qk_norm_rope_means(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, grid, tile, _, impl = rest
+    means = (_block_mean(x, grid, tile, impl) for x in (q, k))
+    return (*_qk_norm_rope(q, k), *means)  # type: ignore[return-value]
+
+
 def _block_sparse_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return_lse = rest[-2]
     b, s, heads, _ = q.shape
@@ -227,6 +233,15 @@ _ROWS: tuple[Op, ...] = (
         f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _quantize_qk,
         _impls("qk_norm_rope_int8", "triton"),
+        heads="q",
+    ),
+    Op(
+        "qk_norm_rope_means",
+        "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, "
+        "Tensor? sin, str norm, str norm_type, str layout, SymInt[] grid, int[] tile, float eps, str impl) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _qk_norm_rope_means,
+        _impls("qk_norm_rope_means", "triton"),
         heads="q",
     ),
     Op(

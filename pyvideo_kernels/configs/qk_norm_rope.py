@@ -56,7 +56,7 @@ def select(arch: str, *, op: str, heads: int, head_dim: int, whole_row: bool, it
     tile = block_heads * 2 * block_half
     if tile > MAX_TILE:
         raise UnsupportedError(
-            f"qk_norm_rope: {heads} heads of {head_dim} are padded to {tile} elements, over {MAX_TILE}; "
+            f"{op}: {heads} heads of {head_dim} are padded to {tile} elements, over {MAX_TILE}; "
             "use impl='reference'"
         )
     threads = 64 if arch.startswith("gfx") else 32

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import DTypeError, bad_option, bad_shape, check_same_device, check_tensor, refuse_grad
-from ..reference.block_mean import tile_sizes
+from ..reference import compute_dtype
+from ..reference.block_mean import tile_sizes, tiles_of
 from ._checks import check_triple
 from .block_sparse_attention import check_heads, check_scale, check_tile
 
@@ -30,6 +31,8 @@ def video_sparse_attention(
     select: str = "top_k",
     share: float | None = None,
     gate: Tensor | None = None,
+    q_mean: Tensor | None = None,
+    k_mean: Tensor | None = None,
     scale: float | None = None,
     return_selection: bool = False,
     impl: str = "auto",
@@ -54,6 +57,8 @@ def video_sparse_attention(
         share: of the attention mass, as the means estimate it, in (0, 1]; 1: dense attention.
         gate: weight of the attention among tile means, ``[B, T*H*W, heads, head_dim]`` or what broadcasts to it, in the
             dtype of ``q``; None: that part is left out.
+        q_mean, k_mean: means of the tiles of ``q`` and ``k``, ``[B, heads, tiles, head_dim]`` fp32 (fp64 for fp64), as
+            `qk_norm_rope_means` gives them; None: computed here, by a pass over each.
         scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
         return_selection: also return what was chosen, as `block_sparse_attention` takes it.
         impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
@@ -92,10 +97,14 @@ def video_sparse_attention(
         check_same_device(_OP, q=q, gate=gate)
         if any(n not in (1, size) for n, size in zip(gate.shape, q.shape, strict=True)):
             bad_shape(_OP, "gate", f"{list(q.shape)}, or 1 along some of these", gate)
+    for name, x, mean in (("q_mean", q, q_mean), ("k_mean", k, k_mean)):
+        if mean is not None:
+            _check_mean(name, mean, x, sizes, sides)
     scale = check_scale(_OP, scale, q)
-    refuse_grad(_OP, q=q, k=k, v=v, gate=gate)
+    refuse_grad(_OP, q=q, k=k, v=v, gate=gate, q_mean=q_mean, k_mean=k_mean)
     ops = torch.ops.pyvideo
-    q_mean, k_mean = ops.block_mean(q, sizes, sides, impl), ops.block_mean(k, sizes, sides, impl)
+    q_mean = ops.block_mean(q, sizes, sides, impl) if q_mean is None else q_mean
+    k_mean = ops.block_mean(k, sizes, sides, impl) if k_mean is None else k_mean
     scores = tile_scores(q_mean, k_mean, scale)
     if top_k is not None:
         indices, counts = top_tiles(scores, top_k)
@@ -105,6 +114,18 @@ def video_sparse_attention(
     coarse = None if gate is None else mix(scores, ops.block_mean(v, sizes, sides, impl))
     out, _ = ops.block_sparse_attention(q, k, v, indices, counts, sizes, sides, None, coarse, gate, scale, False, impl)
     return (out, indices, counts) if return_selection else out
+
+
+def _check_mean(name: str, mean: Tensor, x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> None:
+    check_tensor(_OP, name, mean, ndim=4)
+    wanted = compute_dtype(x)
+    if mean.dtype != wanted:
+        raise DTypeError(f"{_OP}: `{name}` must be {wanted}; got {mean.dtype}")
+    check_same_device(_OP, **{name[0]: x, name: mean})
+    tiles_t, tiles_h, tiles_w = tiles_of(grid, tile)
+    expected = [x.shape[0], x.shape[2], tiles_t * tiles_h * tiles_w, x.shape[3]]
+    if any(n != size for n, size in zip(mean.shape, expected, strict=True)):
+        bad_shape(_OP, name, f"{expected}, a mean a tile", mean)
 
 
 # Scores and selection: plain torch on one row a tile. Nothing here waits for the device or depends on its values. ----

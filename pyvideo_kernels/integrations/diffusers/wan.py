@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import nn
 
-from ...attention_choice import LayerAttention
+from ...attention_choice import PREPARES, LayerAttention
 from ...errors import ValueOptionError
 from ..swap import Left, Plan, Settings, Swap, obstacle
 from . import steps
@@ -151,8 +151,8 @@ class _Planner:
         norms = ("qk_norm_rope",) if rotated else ("rms_norm",)
         prologue = None if layer is None else layer.prologue
         if prologue in self.settings.ops and all(type(norm) is nn.RMSNorm for norm in (attn.norm_q, attn.norm_k)):
-            # It quantises too, so nothing else does; in dense steps q and k are what they are.
-            ops = tuple(op for op in ops if op != "quantize_qk")
+            # It quantises, or takes means, too, so nothing else does; in dense steps q and k are what they are.
+            ops = tuple(op for op in ops if op != PREPARES[str(prologue)])
             norms = (str(prologue), *(norms if "spacetime_attention" in ops else ()))
         if rotated:
             processor = getattr(attn, "processor", None)

@@ -20,6 +20,7 @@ from ...attention_choice import LayerAttention
 from ...ops.int8_attention import int8_attention
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.qk_norm_rope_int8 import qk_norm_rope_int8
+from ...ops.qk_norm_rope_means import qk_norm_rope_means
 from ...ops.rms_norm import rms_norm
 from ...ops.spacetime_attention import spacetime_attention
 from ...ops.video_sparse_attention import video_sparse_attention
@@ -39,19 +40,18 @@ def rms_forward(
     query_weight: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
     heads: int = 0,
-    int8: bool = False,
+    prologue: functools.partial[Any] | None = None,
 ) -> Any:
     """RMSNorm; with ``rotate`` or ``query``, the two halves of a joint norm and rotation of q and k.
 
     The op reads two weights that two modules own, and hooks may hold each in memory only during its owner's forward.
-    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op. With ``int8`` that is
-    the one which writes codes and scales.
+    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op. A ``prologue``
+    is the op in place of ``qk_norm_rope``: the one which writes codes and scales, or means of tiles too.
     """
     if rotate is not None:
         return rotate(inputs, self.weight)
     if query is not None and rotary_emb is not None:
-        op = qk_norm_rope_int8 if int8 else qk_norm_rope
-        out: Any = op(
+        out: Any = (prologue or qk_norm_rope)(
             query.unflatten(2, (heads, -1)),
             inputs.unflatten(2, (heads, -1)),
             query_weight,
@@ -104,7 +104,7 @@ def attention_forward(
     query, key, value = _get_qkv_projections(self, hidden_states, context)
     value = value.unflatten(2, (self.heads, -1))
     if encoder_hidden_states is None and layer is not None and layer.prologue is not None:
-        attended = _by_codes(self, settings, layer, query, key, value, attention_mask, rotary_emb, grid)
+        attended = _by_prologue(self, settings, layer, query, key, value, attention_mask, rotary_emb, grid)
         if attended is not None:
             return self.to_out[1](self.to_out[0](attended))  # type: ignore[no-any-return]
     query, key = _normed(self, settings, query, key, rotary_emb)
@@ -151,7 +151,7 @@ def _normed(
     if rotary_emb is not None and "qk_norm_rope" in settings.ops:
         reason = _why_not_joint(attn, query, key)
         if reason is None:
-            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads, False)
+            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads, None)
             q, k = attn.norm_q(query, joint)
             return q, k
         fall_back(settings, "qk_norm_rope", reason)
@@ -167,14 +167,14 @@ def _through_key_norm(
     key: Tensor,
     rotary_emb: tuple[Tensor, Tensor],
     heads: int,
-    int8: bool,
+    prologue: Any,
     query: Tensor,
     query_weight: Tensor | None,
 ) -> Any:
-    return norm_k(key, None, query, query_weight, rotary_emb, heads, int8)
+    return norm_k(key, None, query, query_weight, rotary_emb, heads, prologue)
 
 
-def _by_codes(
+def _by_prologue(
     attn: WanAttention,
     settings: Settings,
     layer: LayerAttention,
@@ -185,7 +185,7 @@ def _by_codes(
     rotary_emb: tuple[Tensor, Tensor] | None,
     grid: tuple[int, int, int] | None,
 ) -> Tensor | None:
-    """Attention on the codes that the prologue writes: q and k are never stored in their own precision.
+    """Attention on what its prologue writes: codes, q and k never stored in their own precision; or means of tiles.
 
     None where something stands in the way; what it is, the other path counts.
     """
@@ -194,7 +194,15 @@ def _by_codes(
     if _why_not_ours(layer, query, key, value, mask, grid, attn.processor) is not None:
         return None
     assert grid is not None
-    joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, attn.heads, True)
+    if torch.is_grad_enabled() and any(_trains(norm) for norm in (attn.norm_q, attn.norm_k)):
+        return None
+    prologue: Any = qk_norm_rope_int8
+    if layer.tiled:
+        prologue = functools.partial(qk_norm_rope_means, grid=grid, tile=layer.tile)
+    joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, attn.heads, prologue)
+    if layer.tiled:
+        q, k, q_mean, k_mean = attn.norm_q(query, joint)
+        return _ours(layer, q, k, value, grid, settings.impl, q_mean=q_mean, k_mean=k_mean).flatten(2, 3)
     q8, k8, q_scale, k_scale, _ = attn.norm_q(query, joint)
     window, stride = layer.window_on(grid)
     out: Any = int8_attention(
@@ -202,6 +210,10 @@ def _by_codes(
     )
     attended: Tensor = out.flatten(2, 3)
     return attended
+
+
+def _trains(norm: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in norm.parameters())
 
 
 def _why_not_joint(attn: WanAttention, query: Tensor, key: Tensor) -> str | None:
@@ -228,9 +240,10 @@ def _stock_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _ours(
-    layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int, int], impl: str
-) -> Tensor:
-    """The attention of ``layer`` through our ops."""
+    layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int, int], impl: str,
+    **means: Tensor,
+) -> Tensor:  # fmt: skip
+    """The attention of ``layer`` through our ops; ``means`` of the tiles, where something made them."""
     out: Any
     if not layer.tiled:
         window, stride = layer.window_on(grid)
@@ -239,11 +252,11 @@ def _ours(
         )
     elif layer.share is not None:
         out = video_sparse_attention(
-            query, key, value, grid=grid, tile=layer.tile, select="threshold", share=layer.share, impl=impl
+            query, key, value, grid=grid, tile=layer.tile, select="threshold", share=layer.share, impl=impl, **means
         )
     else:
         out = video_sparse_attention(
-            query, key, value, grid=grid, tile=layer.tile, top_k=layer.top_k_on(grid), impl=impl
+            query, key, value, grid=grid, tile=layer.tile, top_k=layer.top_k_on(grid), impl=impl, **means
         )
     attended: Tensor = out
     return attended
