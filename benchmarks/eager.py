@@ -165,6 +165,12 @@ def block_mean(x: Tensor, grid: Any, tile: Any) -> Tensor:
     return (_tiled(x, grid, tile).float().sum(2) / real).transpose(1, 2)
 
 
+def qk_norm_rope_means(grid: Any, tile: Any, **inputs: Any) -> tuple[Tensor, ...]:
+    """Norm and rotation, then a pass over each of q and k for the means."""
+    q, k = qk_norm_rope(**inputs)
+    return q, k, block_mean(q, grid, tile), block_mean(k, grid, tile)
+
+
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor, grid: Any, tile: Any
 ) -> Tensor:

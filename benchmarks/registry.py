@@ -304,6 +304,18 @@ def _mean_inputs(grid: Any, heads: int, head_dim: int, tile: Any, dtype: Any, de
     return {"x": _rand(1, prod(grid), heads, head_dim, dtype=dtype, device=device) + 1, "grid": grid, "tile": tile}
 
 
+def _qk_means_inputs(
+    grid: Any, heads: int, head_dim: int, tile: Any, dtype: Any, device: Any, style: str = "wan"
+) -> dict[str, Any]:
+    inputs = _qk_inputs(prod(grid), heads * head_dim, heads, dtype, device, style)
+    return {**inputs, "grid": grid, "tile": tile}
+
+
+def _qk_means_bytes(grid: Any, heads: int, head_dim: int, tile: Any, dtype: torch.dtype, style: str = "wan") -> int:
+    width = heads * head_dim
+    return _qk_bytes(prod(grid), width, heads, dtype, style) + 2 * _boxes(grid, tile) * width * FP32
+
+
 def _mean_bytes(grid: Any, heads: int, head_dim: int, tile: Any, dtype: torch.dtype) -> int:
     return heads * head_dim * (prod(grid) * dtype.itemsize + _boxes(grid, tile) * FP32)
 
@@ -411,6 +423,8 @@ ENTRIES: dict[str, Entry] = {
         Entry("quantize_qk", _S.INT8_GPU, _S.INT8_CPU, _quantize_inputs, eager.quantize_qk, _quantize_bytes),
         Entry("qk_norm_rope_int8", _S.QK_INT8_GPU, _S.QK_IN_PLACE_CPU, _qk_inputs, eager.qk_norm_rope_int8,
               _qk_int8_bytes),
+        Entry("qk_norm_rope_means", _S.QK_MEANS_GPU, _S.MEAN_CPU, _qk_means_inputs, eager.qk_norm_rope_means,
+              _qk_means_bytes),
         Entry("block_sparse_attention", _S.SPARSE_GPU, _S.SPARSE_CPU, _sparse_inputs, eager.block_sparse_attention,
               _sparse_bytes, _sparse_flops),
         Entry("block_mean", _S.MEAN_GPU, _S.MEAN_CPU, _mean_inputs, eager.block_mean, _mean_bytes),

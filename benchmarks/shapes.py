@@ -143,6 +143,12 @@ MEAN_GPU: Shapes = {
     )
 }
 MEAN_CPU: Shapes = {"wan-1.3b-1280-64": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "tile": (4, 4, 4)}}
+QK_MEANS_GPU: Shapes = {
+    "wan-1.3b-480p-64": MEAN_GPU["wan-1.3b-480p-64"],
+    "wan-14b-480p-64": {"grid": WAN_480P, "heads": 40, "head_dim": 128, "tile": (4, 4, 4)},
+    "wan-14b-720p-128": MEAN_GPU["wan-14b-720p-128"],
+    "hunyuan-720p-64": {**MEAN_GPU["hunyuan-720p-64"], "style": "per head"},
+}
 
 # Four frames at a time: what the decoder makes of one latent frame.
 VAE_GPU: Shapes = {

@@ -1,4 +1,4 @@
-"""Query/key norm, rotary embedding and the means of tiles: a program walks over the tokens of a tile and keeps a sum."""
+"""Query/key norm, rotary embedding and means of tiles: a program walks over the tokens of a tile and keeps a sum."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def _one_tile(
     program, heads, head_dim, t, h, w, tiles_h, tiles_w, boxes, eps,
     NORM: tl.constexpr, LAYER: tl.constexpr, HALF_LAYOUT: tl.constexpr, TABLE_HEADS: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK_HEADS`` heads of the tokens of one tile, token by token, and their mean."""
     head_blocks = tl.cdiv(heads, BLOCK_HEADS)
@@ -39,9 +40,10 @@ def _one_tile(
     # A tile at the far edge has fewer tokens: only those are walked over.
     size = tl.minimum(t - from_t, BT) * size_h * size_w
     first = batch * tokens + (from_t * h + from_h) * w + from_w
+    # What the loads run ahead of is only ever the stores to `out_ptr`, which is other memory.
     total_x = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
     total_y = tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
-    for i in range(size):
+    for i in tl.range(size, num_stages=STAGES):
         token = first + (i // (size_h * size_w) * h + i // size_w % size_h) * w + i % size_w
         x, y, b, s, head, head_mask = norm_rotate(
             x_ptr, x_b, x_s, x_h, weight_ptr, bias_ptr, cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
@@ -57,9 +59,7 @@ def _one_tile(
     heads_at = head_block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     mean_rows = ((batch.to(tl.int64) * heads + heads_at) * boxes + box) * head_dim
     count = size.to(tl.float32)
-    store_pairs(
-        mean_ptr, mean_rows, heads_at < heads, half, total_x / count, total_y / count, HALF_LAYOUT, BLOCK_HALF
-    )
+    store_pairs(mean_ptr, mean_rows, heads_at < heads, half, total_x / count, total_y / count, HALF_LAYOUT, BLOCK_HALF)
 
 
 @triton.jit(do_not_specialize=["q_programs", "k_programs", "t", "h", "w", "tiles_h", "tiles_w", "boxes"])
@@ -70,7 +70,7 @@ def _qk_norm_rope_means_fwd_kernel(
     q_programs, k_programs, q_heads, k_heads, head_dim, t, h, w, tiles_h, tiles_w, boxes, eps,
     NORM: tl.constexpr, LAYER: tl.constexpr, HALF_LAYOUT: tl.constexpr, TABLE_HEADS: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
-    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs are q and k of one tile, so that the second finds its tables in cache.
     pid = tl.program_id(0)
@@ -81,7 +81,7 @@ def _qk_norm_rope_means_fwd_kernel(
                 q_ptr, q_b, q_s, q_h, q_out_ptr, q_mean_ptr, q_weight_ptr, q_bias_ptr,
                 cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
                 i, q_heads, head_dim, t, h, w, tiles_h, tiles_w, boxes, eps,
-                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, BT, BH, BW, Q_BLOCK, BLOCK_HALF,
+                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, BT, BH, BW, Q_BLOCK, BLOCK_HALF, STAGES,
             )  # fmt: skip
     else:
         if i < k_programs:
@@ -89,7 +89,7 @@ def _qk_norm_rope_means_fwd_kernel(
                 k_ptr, k_b, k_s, k_h, k_out_ptr, k_mean_ptr, k_weight_ptr, k_bias_ptr,
                 cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
                 i, k_heads, head_dim, t, h, w, tiles_h, tiles_w, boxes, eps,
-                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, BT, BH, BW, K_BLOCK, BLOCK_HALF,
+                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, BT, BH, BW, K_BLOCK, BLOCK_HALF, STAGES,
             )  # fmt: skip
 
 
@@ -117,7 +117,8 @@ def qk_norm_rope_means(
         raise UnsupportedError(f"{op}: an odd head_dim ({head_dim}) has no Triton kernel; use impl='reference'")
     cos, sin = four_dims(cos), four_dims(sin)
     shape = {"head_dim": head_dim, "whole_row": norm == "across_heads", "itemsize": q.element_size()}
-    q_config, k_config = (configs.select(arch_for(q), op=op, heads=x.shape[2], **shape) for x in (q, k))
+    arch = arch_for(q)
+    q_config, k_config = (configs.select(arch, op=op, heads=x.shape[2], **shape) for x in (q, k))
     tiles = [cdiv(n, side) for n, side in zip(grid, tile, strict=True)]
     boxes = math.prod(tiles)
     q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
@@ -139,6 +140,7 @@ def qk_norm_rope_means(
                 TABLE_HEADS=cos is not None and sin is not None and max(cos.shape[2], sin.shape[2]) > 1,
                 BT=tile[0], BH=tile[1], BW=tile[2],
                 Q_BLOCK=q_config.block_heads, K_BLOCK=k_config.block_heads, BLOCK_HALF=q_config.block_half,
+                STAGES=configs.tile_stages(arch),
                 num_warps=max(q_config.num_warps, k_config.num_warps),
             )  # fmt: skip
     return q_out, k_out, q_mean, k_mean

@@ -56,8 +56,7 @@ def select(arch: str, *, op: str, heads: int, head_dim: int, whole_row: bool, it
     tile = block_heads * 2 * block_half
     if tile > MAX_TILE:
         raise UnsupportedError(
-            f"{op}: {heads} heads of {head_dim} are padded to {tile} elements, over {MAX_TILE}; "
-            "use impl='reference'"
+            f"{op}: {heads} heads of {head_dim} are padded to {tile} elements, over {MAX_TILE}; use impl='reference'"
         )
     threads = 64 if arch.startswith("gfx") else 32
     num_warps = max(1, min(16, tile // (threads * 16)))
@@ -93,3 +92,11 @@ def candidates(
 def tokens_per_chunk(arch: str) -> int:
     """Tokens that one program of the backward walks over: its row of weight gradients is written once for them."""
     return 2 if arch == "cpu" else 32
+
+
+def tile_stages(arch: str) -> int:
+    """Tokens of a tile in flight at once where a program walks over one: the next row is fetched while this is normed.
+
+    Two on NVIDIA, by asynchronous copies to shared memory. AMD has registers for that alone, and spills.
+    """
+    return 2 if arch.startswith("sm_") else 1

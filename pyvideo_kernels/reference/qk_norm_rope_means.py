@@ -76,11 +76,11 @@ def _samples(dtype: torch.dtype, head_dim: int | None) -> Iterator[dict[str, Any
         "layout": "interleaved",
         "eps": 1e-6,
     }
-    # Wan: q and k are views of one packed projection, one table for all; tiles cut on each axis.
+    # Wan: q and k are views of one packed projection, one table for all; tiles cut in time and width.
     d = dim(16)
-    qkv = randn(2, 3 * 3 * 2, 3, 3, d, dtype=dtype, g=g, mean=0.5)
-    yield {**plain, "q": qkv[:, :, 0], "k": qkv[:, :, 1], **vectors(3 * d, 3 * d, "weight"), **table(1, 18, 1, d),
-           "grid": (3, 3, 2), "tile": (2, 2, 4)}  # fmt: skip
+    qkv = randn(2, 3 * 3, 3, 3, d, dtype=dtype, g=g, mean=0.5)
+    yield {**plain, "q": qkv[:, :, 0], "k": qkv[:, :, 1], **vectors(3 * d, 3 * d, "weight"), **table(1, 9, 1, d),
+           "grid": (3, 1, 3), "tile": (2, 1, 2)}  # fmt: skip
     # Grouped heads, one statistic a head, rotate-half tables, a head_dim that is no power of two; whole tiles.
     d = dim(12)
     q, k = randn(1, 8, 12, d, dtype=dtype, g=g), randn(1, 8, 3, d, dtype=dtype, g=g)
@@ -95,6 +95,6 @@ def _samples(dtype: torch.dtype, head_dim: int | None) -> Iterator[dict[str, Any
     d = dim(6)
     q, k = (randn(3, 1, 3, d, dtype=dtype, g=g, mean=1.0) for _ in range(2))
     yield {**plain, "q": q, "k": k, "grid": (1, 1, 1), "tile": (4, 4, 4)}
-    # Rotation alone; a tile whose sides are no powers of two.
+    # Rotation alone; tiles cut in height, sides that are no powers of two.
     q, k = (randn(1, 6, 1, d, dtype=dtype, g=g, mean=1.0) for _ in range(2))
-    yield {**plain, "q": q, "k": k, "norm": "none", **table(1, 6, 1, d), "grid": (2, 1, 3), "tile": (1, 3, 3)}
+    yield {**plain, "q": q, "k": k, "norm": "none", **table(1, 6, 1, d), "grid": (1, 3, 2), "tile": (1, 2, 3)}

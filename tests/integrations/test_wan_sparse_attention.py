@@ -136,6 +136,42 @@ def test_int8_quantises_in_the_prologue_where_it_can():
     assert report.calls()["int8_attention"] == {"reference": 2} and report.calls()["quantize_qk"] == {"reference": 1}
 
 
+@pytest.mark.parametrize("choice", [{"top_k": 1}, {"share": 0.4}])
+def test_tiles_get_their_means_from_the_prologue_where_it_can(choice):
+    model, arguments = model_of(), inputs()
+    whole = {name for name in OPS_TABLE if not name.endswith("_backward")}
+    results = []
+    for ops in (whole, whole - {"qk_norm_rope_means"}):
+        report = pv.accelerate(model, ops=ops, attention={**choice, "dense_steps": 1}, strict=True)
+        with model.cache_context("cond", **LATER_STEP):
+            results.append(run(model, arguments))
+        called = used(report) & {"qk_norm_rope", "qk_norm_rope_means", "block_mean", "block_sparse_attention"}
+        modules = report.to_dict()["modules"]
+        runs = [set(modules[name]["runs"]) for name in ("blocks.0.attn1", "blocks.0.attn1.norm_k")]
+        attends = {"block_sparse_attention", "spacetime_attention"}
+        if ops == whole:
+            assert called == {"qk_norm_rope_means", "block_sparse_attention"}
+            assert runs == [attends, {"qk_norm_rope", "qk_norm_rope_means"}]
+        else:
+            assert called == {"qk_norm_rope", "block_mean", "block_sparse_attention"}
+            assert runs == [{"block_mean", *attends}, {"qk_norm_rope"}]
+        with model.cache_context("cond", **FIRST_STEP):
+            dense = run(model, arguments)
+        assert used(report) >= {"qk_norm_rope", "spacetime_attention"} and not report.fallbacks()
+    one, two = results
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert (one - dense).abs().max() > 10 * (one - two).abs().max()
+
+
+def test_a_norm_that_trains_alone_has_the_prologue_with_a_backward():
+    model, arguments = model_of(), inputs()
+    model.requires_grad_(False)
+    weight = model.blocks[0].attn1.norm_q.weight.requires_grad_()
+    report = pv.accelerate(model, attention={"top_k": 1})
+    model(**arguments).sample.sum().backward()
+    assert weight.grad.abs().max() > 0 and "qk_norm_rope_means" not in used(report)
+
+
 # What diffusers does around a model ------------------------------------------------------------------------------
 
 

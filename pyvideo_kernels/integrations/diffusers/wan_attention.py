@@ -241,7 +241,7 @@ def _stock_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _ours(
     layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int, int], impl: str,
-    **means: Tensor,
+    **means: Any,
 ) -> Tensor:  # fmt: skip
     """The attention of ``layer`` through our ops; ``means`` of the tiles, where something made them."""
     out: Any
