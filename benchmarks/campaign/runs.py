@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from .worker import Job, Outcome
 
 # What a key in hand takes to stop, and the process to start, of the seconds that a tuning slice has.
 _TUNE_MARGIN = 15.0
+# What the last row of an op may take beyond the longest before it.
+_ROW_MARGIN = 15.0
 # What the last clip in hand may take beyond what was foreseen.
 _CLIP_MARGIN = 30.0
 
@@ -65,18 +68,22 @@ def _outcomes(rows: list[dict[str, Any]]) -> Outcome:
 
 
 def ops(job: Job) -> Outcome:
-    """The ops against eager, torch.compile and every peer that is here."""
+    """The ops against eager, torch.compile and every peer that is here; what does not fit waits for another time."""
     from .. import ops as bench
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.parameters["dtype"]]
-    names, device = job.parameters["ops"], torch.device(job.device)
+    names, device, began = job.parameters["ops"], torch.device(job.device), time.monotonic()
     if job.dry:
         with tiny_shapes(names):
             result = bench.run(names, device, dtype, baselines=["eager"], rounds=3)
     else:
-        result = bench.run(names, device, dtype)
-    job.write(result)
-    return _speeds(result["rows"])
+        result = bench.run(names, device, dtype, deadline=began + max(1.0, job.seconds - _ROW_MARGIN))
+    if result["rows"]:  # a table cannot take a file without one
+        job.write(result)
+    found, late = _speeds(result["rows"]), result.get("unfinished", [])
+    if not late:
+        return found
+    return dataclasses.replace(found, summary=f"{found.summary}; no time for {', '.join(late)}"[:300], unfinished=True)
 
 
 def _speeds(rows: list[dict[str, Any]]) -> Outcome:

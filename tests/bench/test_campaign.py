@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyvideo_kernels import collect_env, dispatch
-from pyvideo_kernels.benchmarks import e2e, numbers, results
+from pyvideo_kernels.benchmarks import e2e, numbers, ops, results
 from pyvideo_kernels.benchmarks.campaign import correctness, slices
 from pyvideo_kernels.benchmarks.campaign import run as campaign
 from pyvideo_kernels.benchmarks.campaign import runs as slice_runs
@@ -21,6 +21,7 @@ from pyvideo_kernels.benchmarks.campaign import state as campaign_state
 from pyvideo_kernels.benchmarks.campaign import worker as slice_process
 from pyvideo_kernels.benchmarks.campaign.slices import Slice
 from pyvideo_kernels.benchmarks.campaign.state import State
+from pyvideo_kernels.benchmarks.campaign.worker import Outcome
 from pyvideo_kernels.benchmarks.e2e import session
 from pyvideo_kernels.benchmarks.registry import ENTRIES
 from pyvideo_kernels.benchmarks.tune import launches
@@ -285,6 +286,25 @@ def test_variants_without_time_are_no_rows_and_leave_the_slice_unfinished(tmp_pa
     assert (outcome.red, outcome.unfinished) == (1, True) and "no time for compile" in outcome.summary
     assert [row["variant"] for row in json.loads(job.out.read_text())["rows"]] == ["eager", "ours"]
     assert 0 < asked[0].seconds < 100
+
+
+def test_shapes_without_time_leave_the_slice_unfinished_and_its_rows_on_disk(tmp_path, monkeypatch):
+    asked = []
+    row = {"op": "rms_norm", "shape": "a", "baselines": {"eager": {"ratio": 2.0}}}
+
+    def run(names, device, dtype, *, deadline):
+        asked.append(deadline - time.monotonic())
+        return {"rows": rows, "unfinished": ["rms_norm b"]}
+
+    monkeypatch.setattr(ops, "run", run)
+    job = slice_process.Job(tmp_path / "ops-x.json", "cpu", False, {"ops": ["rms_norm"], "dtype": "bf16"}, 100.0)
+    rows = []
+    assert slice_runs.ops(job).unfinished and not job.out.exists()
+    rows = [row]
+    outcome = slice_runs.ops(job)
+    assert outcome == Outcome("1 rows; up to 2.00 x eager; no time for rms_norm b", unfinished=True)
+    assert json.loads(job.out.read_text())["rows"] == rows
+    assert all(0 < seconds < 100 for seconds in asked)
 
 
 # The plan ----------------------------------------------------------------------------------------------------
