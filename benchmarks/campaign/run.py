@@ -47,6 +47,8 @@ RESERVE = 10.0
 """Seconds kept for the last pictures and the summary."""
 ATTEMPTS = 2
 """A slice that failed is tried once more by a later ``--resume``."""
+_ANSWER_S = 120.0
+"""Seconds in which a card must say what it is: importing torch from a cold disk takes a good part of them."""
 
 
 class Campaign:
@@ -267,17 +269,30 @@ def machine(device: str) -> tuple[dict[str, Any], str]:
     """What names the machine in the slices' keys, and its folder of results.
 
     A card is asked in a process of its own: this one must not hold a context on it while others are measured.
+
+    Raises:
+        UnsupportedError: that process fails, hangs or answers with something else.
+        ValueOptionError: the checkout has no revision.
     """
     where: dict[str, Any] = {"torch": torch.__version__, "triton": verdicts.triton_version(), "device": device}
     if device == "cpu":
         return where, "cpu"
-    done = subprocess.run(
-        [sys.executable, "-m", "pyvideo_kernels.collect_env", "--json"],
-        capture_output=True, text=True, cwd=ROOT, timeout=120,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyvideo_kernels.collect_env", "--json"],
+            capture_output=True, text=True, cwd=ROOT, timeout=_ANSWER_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UnsupportedError(f"the card does not answer: nothing came of it in {_ANSWER_S:.0f} s") from None
     if done.returncode:
         raise UnsupportedError(f"the card does not answer: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
-    return named(json.loads(done.stdout), where)
+    try:
+        facts = json.loads(done.stdout)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"the card does not answer: expected JSON of collect_env; got {done.stdout[:80]!r} ({error})"
+        ) from None
+    return named(facts, where)
 
 
 def named(facts: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -387,6 +388,22 @@ def test_the_command_line(capsys, tmp_path):
     if not torch.cuda.is_available():
         assert campaign.main(["--device", "cuda"]) == 2
         assert "the card does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("print('a warning, then no JSON')", "expected JSON .*got 'a warning, then no JSON"),
+        ("import time; time.sleep(60)", "nothing came of it in 2 s"),
+        ("import sys; sys.exit('driver mismatch')", "does not answer: driver mismatch"),
+    ],
+)
+def test_a_card_that_does_not_answer_is_a_sentence(monkeypatch, capsys, tmp_path, code, text):
+    run = subprocess.run
+    monkeypatch.setattr(campaign.subprocess, "run", lambda argv, **more: run([argv[0], "-c", code], **more))
+    monkeypatch.setattr(campaign, "_ANSWER_S", 2.0)
+    assert campaign.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert re.search(text, capsys.readouterr().err)
 
 
 def test_the_card_is_named_by_what_collect_env_says(monkeypatch):
