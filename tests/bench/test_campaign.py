@@ -147,6 +147,18 @@ def test_a_crash_takes_nothing_else_down(tmp_path):
     assert json.loads(before) == json.loads(again.path.read_text())
 
 
+def test_the_tuner_s_process_and_compilers_outlive_other_slices(tmp_path):
+    tunes = {name: Slice(name, "tune", f"{HERE}:good", 1.0) for name in ("t1", "t2", "t3")}
+    plan = [tunes["t1"], piece("a"), tunes["t2"], piece("b"), piece("c", alone=True), tunes["t3"]]
+    # A dry walk has one process for all.
+    state = State(tmp_path, WHERE, dry=False, fresh=True)
+    campaign.Campaign(plan, state, device="cpu", seconds=60.0 + campaign.RESERVE).run()
+    pids = {path.stem: json.loads(path.read_text())["pid"] for path in tmp_path.glob("??.json")}
+    pids |= {name: json.loads((tmp_path / f"{name}.json").read_text())["pid"] for name in "abc"}
+    assert pids["t1"] == pids["t2"] != pids["t3"] and len(set(pids.values())) == 5
+    assert launches.shared_compiler(3) is launches.shared_compiler(3)
+
+
 def test_what_failed_with_other_sources_is_tried_again(tmp_path):
     source = tmp_path / "source.py"
     source.write_text("broken")
@@ -432,7 +444,7 @@ def test_samples_are_compiled_ahead_in_every_dtype_and_head_dim(monkeypatch):
             asked.extend(jobs)
             return dict.fromkeys(jobs)
 
-    monkeypatch.setattr(correctness, "_compiler", lambda workers: Recorder())
+    monkeypatch.setattr(launches, "shared_compiler", lambda workers: Recorder())
     assert correctness.compile_ahead("spacetime_attention", CPU) == len(asked) == len(set(asked))
     forward = [job.launch for job in asked if job.launch.op == "spacetime_attention"]
     assert {launch.dtype for launch in forward} == {"bfloat16", "float16", "float32"}
