@@ -27,6 +27,8 @@ GAIN = 0.02
 _PASSES = ((8, 3), (3, 5))
 # Seconds that looking through the candidates of a key may take, about: of slow kernels only the nearest are tried.
 _SCREEN_S = 20.0
+# So many are tried however slow they are.
+_AFFORDABLE = 4
 # At most so many in turns: each keeps its outputs alive.
 _TURNS = 8
 # Elements compared at a time.
@@ -151,10 +153,12 @@ class Search:
 
     def affordable(self, question: Question, launch: Launch, rule: Any) -> int:
         """How many candidates there is time for: each is run once to compare and about four times to time."""
+        if self.limit is not None and self.limit <= _AFFORDABLE:
+            return self.limit
         call, args = self.call(question, launch, rule), launch.args(self.device)
         backend = backend_for(self.device)
         backend.warm(lambda: call(args))
-        return max(4, int(_SCREEN_S / (5 * max(backend.seconds(lambda: call(args)), 1e-6))))
+        return max(_AFFORDABLE, int(_SCREEN_S / (5 * max(backend.seconds(lambda: call(args)), 1e-6))))
 
     def agreeing(self, question: Question, launch: Launch, configs: Sequence[Any]) -> dict[Any, str]:
         """Why each configuration whose output is not that of the first one, the rule's, is dropped."""
