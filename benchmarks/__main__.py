@@ -38,6 +38,12 @@ class Bench:
         self.start = time.monotonic()
         self.paths: list[Path] = []
         self.wrong: list[str] = []
+        self.begun: list[Path] = []
+
+    @property
+    def kept(self) -> list[Path]:
+        """What this run has written, parts that it is in the middle of too."""
+        return [path for path in self.begun if path.exists()]
 
     def run(self) -> None:
         """Every part, then the page and the plots."""
@@ -53,6 +59,7 @@ class Bench:
         """One result file."""
         path = self.folder / f"{name}.json"
         path.unlink(missing_ok=True)  # a result of an earlier run must not pass for this one's
+        self.begun.append(path)
         spent = time.monotonic() - self.start
         if optional and spent > LIMIT:
             print(f"\n{name}: left out, {spent:.0f} s are spent on this machine already")
@@ -118,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]")
     parser.add_argument("--output", "-o", type=Path, default=Path("runs/bench"), metavar="DIR")
     options = parser.parse_args(argv)
+    bench: Bench | None = None
     try:
         from pyvideo_kernels.benchmarks.ops import device_named
 
@@ -128,9 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return int(exit_code(error) or Exit.FAILED)
     except KeyboardInterrupt:
-        kept = any(options.output.glob("*.json"))
-        print(f"\ninterrupted; {f'what was finished is in {options.output}' if kept else 'nothing was written'}",
-              file=sys.stderr)  # fmt: skip
+        kept = ", ".join(map(str, bench.kept)) if bench else ""
+        print(f"\ninterrupted; {f'what was finished is in {kept}' if kept else 'nothing was written'}", file=sys.stderr)
         return Exit.INTERRUPTED
     if bench.wrong:
         print(f"\nwrong or not measured: {', '.join(bench.wrong)}")

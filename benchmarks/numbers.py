@@ -8,6 +8,8 @@ row without a GPU's name and driver cannot enter a GPU's table. ``--check`` writ
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import textwrap
@@ -54,7 +56,8 @@ def merged(paths: Iterable[Path], *, dry: bool = False) -> list[dict[str, Any]]:
     Args:
         dry: take dry results and no others (for the report of a dry campaign).
     Raises:
-        ValueOptionError: a file is not a result, does not name its machine, is dry, or is unfinished.
+        ValueOptionError: a file is not a result, does not name its machine, is dry, is unfinished, or measures
+            what another one does.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in paths:
@@ -65,7 +68,14 @@ def merged(paths: Iterable[Path], *, dry: bool = False) -> list[dict[str, Any]]:
             key: tuple[Any, ...] = ("ops", tuple(where.get(name) for name in _SAME), dtype)
             found[key] = _merge(found[key], result, path) if key in found else result
         elif result["kind"] == "e2e":
-            found["e2e", str(path)] = result
+            key = ("e2e", stem(result))
+            # The slices of a dry campaign all walk one tiny clip.
+            if key in found and not dry:
+                raise ValueOptionError(
+                    f"{path}: {tables.clip(result['settings'])} with the same settings and variants is in another file "
+                    "of the same machine too; keep one"
+                )
+            found[key] = result
     return sorted(found.values(), key=lambda r: (r["provenance"]["device"] != "cuda", tables.machine(r)))
 
 
@@ -101,12 +111,16 @@ def _row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def stem(result: Mapping[str, Any]) -> str:
-    """Start of the names of a result's plots."""
+    """Start of the names of a result's plots: for a clip, the same for the same settings and variants alone."""
     name, settings = tuned.slug(tables.machine(result)), result["settings"]
     if result["kind"] == "ops":
         return f"{name}-ops-{tables.short_dtype(result['rows'][0]['dtype'])}"
     size = "x".join(str(settings[side]) for side in ("height", "width", "frames"))
-    return f"{name}-e2e-" + tuned.slug(f"{settings['model']} {size} {settings['dtype']} {settings['steps']} steps")
+    asked = {key: value for key, value in settings.items() if key != "text_seconds"}  # that one was measured
+    told = json.dumps([asked, [row["variant"] for row in result["rows"]]], sort_keys=True)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:6]
+    clip = tuned.slug(f"{settings['model']} {size} {settings['dtype']} {settings['steps']} steps")
+    return f"{name}-e2e-{clip}-{digest}"
 
 
 # The page --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ def soften(scores, acc, top, total, scale_log2, MASKED: tl.constexpr = False):
 @triton.jit
 def finish(acc, top, total, scale):
     """Normalised rows and their natural-log LSE; zeros and -inf where no key was seen."""
-    seen = total > 0
-    divisor = tl.where(seen, total, 1.0)
-    return acc / divisor[:, None], tl.where(seen, top * scale + tl.log(divisor), float("-inf"))
+    # Not `total > 0`: a NaN would give an LSE of -inf, which merges as a part that saw nothing.
+    nothing = total == 0
+    divisor = tl.where(nothing, 1.0, total)
+    return acc / divisor[:, None], tl.where(nothing, float("-inf"), top * scale + tl.log(divisor))

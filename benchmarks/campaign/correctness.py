@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pyvideo_kernels import verdicts
 from pyvideo_kernels.schemas import OPS
-
-if TYPE_CHECKING:
-    from ..tune.launches import Compiler
 
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "ops"
 # Test files beyond an op's own.
@@ -99,7 +95,7 @@ def compile_ahead(op: str, device: torch.device, seconds: float = 90.0, workers:
     """
     from pyvideo_kernels import dispatch, verify
 
-    from ..tune.launches import Job, samples_of
+    from ..tune.launches import Job, samples_of, shared_compiler
 
     arch = dispatch.arch_of(device)
     jobs = [
@@ -110,16 +106,8 @@ def compile_ahead(op: str, device: torch.device, seconds: float = 90.0, workers:
         for head_dim in ((*dispatch.HEAD_DIMS, None) if OPS[name].heads is not None else (None,))
         for launch in samples_of(name, dtype, head_dim)
     ]
-    compiler = _compiler((os.cpu_count() or 2) - 1 if workers is None else workers)
+    compiler = shared_compiler((os.cpu_count() or 2) - 1 if workers is None else workers)
     return len(compiler.compile(jobs, time.monotonic() + seconds))
-
-
-@functools.cache
-def _compiler(workers: int) -> Compiler:
-    """One for all ops that this process checks: its workers take longer to start than a small op to compile."""
-    from ..tune.launches import Compiler
-
-    return Compiler(workers)
 
 
 def names_of(op: str) -> list[str]:

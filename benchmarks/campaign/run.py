@@ -47,6 +47,10 @@ RESERVE = 10.0
 """Seconds kept for the last pictures and the summary."""
 ATTEMPTS = 2
 """A slice that failed is tried once more by a later ``--resume``."""
+_RESTS = "tune"
+"""The group whose process outlives the slices of others that come between its own."""
+_ANSWER_S = 120.0
+"""Seconds in which a card must say what it is: importing torch from a cold disk takes a good part of them."""
 
 
 class Campaign:
@@ -67,7 +71,7 @@ class Campaign:
     ) -> None:  # fmt: skip
         self.plan, self.state, self.device, self.keep, self.pack = list(plan), state, device, keep, pack
         self.deadline = time.monotonic() + seconds
-        self.process: tuple[str, Process] | None = None
+        self.processes: dict[str, Process] = {}
         self.runs: collections.Counter[str] = collections.Counter()
 
     @property
@@ -86,7 +90,7 @@ class Campaign:
             while (chosen := self._next()) is not None:
                 self._run(chosen)
         finally:
-            self._end_process()
+            self._end_processes()
             shutil.rmtree(self.state.out / RUNNING, ignore_errors=True)
 
     def _next(self) -> Slice | None:
@@ -115,6 +119,8 @@ class Campaign:
             "seconds": limit,
         }
         answer = self._process_for(each).run(request, limit)
+        if answer.status == "left":  # its compilers may be at work for what there was no time for
+            self._end_processes()
         status = answer.status
         if status == "stopped":  # by its own limit: it hangs; by the end of the campaign: it waits for the next one
             status = "failed" if limit >= each.limit else "left"
@@ -150,23 +156,27 @@ class Campaign:
             pack(self.pack, self.state.out)
 
     def _process_for(self, each: Slice) -> Process:
-        """A worker: the last one where it may be shared, else a new one.
+        """A worker: the group's where it may be shared, else a new one.
 
-        A dry run shares one process for all: it is about the walk, not about timings that a neighbour could disturb.
+        Between its turns the tuner's rests with its compilers, which take long to start; one that measures alone has
+        the card to itself. A dry run shares one process for all: it is about the walk, not about timings that a
+        neighbour could disturb.
         """
         group = "dry" if self.state.dry else each.name if each.alone else each.group
-        if self.process is not None and (self.process[0] != group or not self.process[1].usable):
-            self._end_process()
-        if self.process is None:
+        resting = () if each.alone else (_RESTS,)
+        self._end_processes(but=[name for name in (group, *resting) if name in self.processes])
+        if group not in self.processes:
             # The interpreter takes the place of the card; Triton reads this when it is imported.
             environment = {"TRITON_INTERPRET": "1"} if self.device == "cpu" else {}
-            self.process = (group, Process(self.device, environment))
-        return self.process[1]
+            self.processes[group] = Process(self.device, environment)
+        return self.processes[group]
 
-    def _end_process(self) -> None:
-        if self.process is not None:
-            self.process[1].close()
-            self.process = None
+    def _end_processes(self, but: Sequence[str] = ()) -> None:
+        """End those that are not of these groups, and those that have failed."""
+        for name, process in list(self.processes.items()):
+            if name not in but or not process.usable:
+                process.close()
+                del self.processes[name]
 
 
 def say(text: str) -> None:
@@ -267,17 +277,30 @@ def machine(device: str) -> tuple[dict[str, Any], str]:
     """What names the machine in the slices' keys, and its folder of results.
 
     A card is asked in a process of its own: this one must not hold a context on it while others are measured.
+
+    Raises:
+        UnsupportedError: that process fails, hangs or answers with something else.
+        ValueOptionError: the checkout has no revision.
     """
     where: dict[str, Any] = {"torch": torch.__version__, "triton": verdicts.triton_version(), "device": device}
     if device == "cpu":
         return where, "cpu"
-    done = subprocess.run(
-        [sys.executable, "-m", "pyvideo_kernels.collect_env", "--json"],
-        capture_output=True, text=True, cwd=ROOT, timeout=120,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyvideo_kernels.collect_env", "--json"],
+            capture_output=True, text=True, cwd=ROOT, timeout=_ANSWER_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UnsupportedError(f"the card does not answer: nothing came of it in {_ANSWER_S:.0f} s") from None
     if done.returncode:
         raise UnsupportedError(f"the card does not answer: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
-    return named(json.loads(done.stdout), where)
+    try:
+        facts = json.loads(done.stdout)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"the card does not answer: expected JSON of collect_env; got {done.stdout[:80]!r} ({error})"
+        ) from None
+    return named(facts, where)
 
 
 def named(facts: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

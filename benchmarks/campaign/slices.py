@@ -201,7 +201,6 @@ def plan(*, dry: bool = False) -> list[Slice]:
             )
         )  # fmt: skip
     out.append(_clip("e2e-wan2.1-1.3b-480p", 430, dry, variants=_VARIANTS, steps=4))
-    # Another number of steps: two files of one clip would be one table and one plot.
     out.append(_clip("e2e-wan2.1-1.3b-480p-attention", 170, dry, variants=_ATTENTIONS, steps=3, decode=False))
     out.append(_decode("decode-wan2.1-480p", 250, dry, ("eager", "ours", "compile:vae=true")))
     for op, entries in ops.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def run(
     baselines: Sequence[str] | None = None,
     rounds: int = 7,
     quick: bool = False,
+    deadline: float | None = None,
     on_row: Callable[[Row], None] | None = None,
     on_start: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def run(
         baselines: ``eager``, ``compile``, names of external kernels; None: all.
         rounds: timings a median is taken over.
         quick: one shape an op, `QUICK_ROUNDS` rounds, eager alone unless ``baselines`` says otherwise.
+        deadline: a `time.monotonic`; no row is begun that would end later, if it takes as long as the longest so far.
+            Those that were not are named in the result's ``unfinished``.
         on_row: called with each row as it is finished.
         on_start: called with the result before its first row, ceilings measured.
     Raises:
@@ -120,16 +124,21 @@ def run(
         "rows": [],
     }
     runner = Runner(device, dtype, tops, impl=impl, names=wanted, rounds=rounds)
+    todo = [(name, shape) for name in names for shape in list(ENTRIES[name].shapes(device))[: 1 if quick else None]]
+    longest = 0.0
     try:
         if on_start:
             on_start(result)
-        for name in names:
-            entry = ENTRIES[name]
-            for shape, sizes in list(entry.shapes(device).items())[: 1 if quick else None]:
-                row = runner.row(entry, shape, dict(sizes))
-                result["rows"].append(row)
-                if on_row:
-                    on_row(row)
+        for number, (name, shape) in enumerate(todo):
+            begun = time.monotonic()
+            if deadline is not None and begun + longest > deadline:
+                result["unfinished"] = [" ".join(each) for each in todo[number:]]
+                break
+            row = runner.row(ENTRIES[name], shape, dict(ENTRIES[name].shapes(device)[shape]))
+            longest = max(longest, time.monotonic() - begun)
+            result["rows"].append(row)
+            if on_row:
+                on_row(row)
     except KeyboardInterrupt:
         raise Stopped(result) from None
     return result

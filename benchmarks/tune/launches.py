@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import os
 import time
@@ -230,6 +231,13 @@ class Compiler:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
+    def rest(self) -> None:
+        """Forget what nobody has asked for; processes that are still at it are left, and others start when needed."""
+        if all(future.done() for future in self._futures.values()):
+            self._futures.clear()
+        else:
+            self.stop()
+
     def _start(self, workers: int) -> concurrent.futures.ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         return concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
@@ -270,3 +278,9 @@ class Compiler:
                     except BrokenProcessPool:
                         out[job] = Compiled(error="the compiler crashed")
         return out
+
+
+@functools.cache
+def shared_compiler(workers: int) -> Compiler:
+    """One for all that this process tunes and checks: its workers take longer to start than a small op to compile."""
+    return Compiler(workers)

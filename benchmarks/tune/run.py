@@ -35,7 +35,7 @@ from pyvideo_kernels.testing.compare import Mismatch, check_op
 from ..registry import ENTRIES
 from ..results import SCHEMA, provenance, write
 from ..timing import interleaved
-from .launches import Compiler, Launch, asked, launches_of
+from .launches import Launch, asked, launches_of, shared_compiler
 from .search import GAIN, OutOfTime, Question, Say, Search, Timer
 
 
@@ -202,7 +202,7 @@ def tune(
             summary.skipped.append(str(question))
         else:
             todo.append(question)
-    compiler = Compiler(workers) if workers and todo else None
+    compiler = shared_compiler(workers) if workers and todo else None
     try:
         search = Search(
             device,
@@ -221,7 +221,7 @@ def tune(
             _search(search, todo, table, summary)
     finally:
         if compiler is not None:
-            compiler.stop()
+            compiler.rest()
     return asdict(summary)
 
 

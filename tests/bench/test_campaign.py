@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from pyvideo_kernels import collect_env, dispatch
-from pyvideo_kernels.benchmarks import e2e, numbers, results
+from pyvideo_kernels.benchmarks import e2e, numbers, ops, results
 from pyvideo_kernels.benchmarks.campaign import correctness, slices
 from pyvideo_kernels.benchmarks.campaign import run as campaign
 from pyvideo_kernels.benchmarks.campaign import runs as slice_runs
@@ -21,6 +22,7 @@ from pyvideo_kernels.benchmarks.campaign import state as campaign_state
 from pyvideo_kernels.benchmarks.campaign import worker as slice_process
 from pyvideo_kernels.benchmarks.campaign.slices import Slice
 from pyvideo_kernels.benchmarks.campaign.state import State
+from pyvideo_kernels.benchmarks.campaign.worker import Outcome
 from pyvideo_kernels.benchmarks.e2e import session
 from pyvideo_kernels.benchmarks.registry import ENTRIES
 from pyvideo_kernels.benchmarks.tune import launches
@@ -143,6 +145,18 @@ def test_a_crash_takes_nothing_else_down(tmp_path):
     before = again.path.read_text()
     walk(plan, tmp_path)
     assert json.loads(before) == json.loads(again.path.read_text())
+
+
+def test_the_tuner_s_process_and_compilers_outlive_other_slices(tmp_path):
+    tunes = {name: Slice(name, "tune", f"{HERE}:good", 1.0) for name in ("t1", "t2", "t3")}
+    plan = [tunes["t1"], piece("a"), tunes["t2"], piece("b"), piece("c", alone=True), tunes["t3"]]
+    # A dry walk has one process for all.
+    state = State(tmp_path, WHERE, dry=False, fresh=True)
+    campaign.Campaign(plan, state, device="cpu", seconds=60.0 + campaign.RESERVE).run()
+    pids = {path.stem: json.loads(path.read_text())["pid"] for path in tmp_path.glob("??.json")}
+    pids |= {name: json.loads((tmp_path / f"{name}.json").read_text())["pid"] for name in "abc"}
+    assert pids["t1"] == pids["t2"] != pids["t3"] and len(set(pids.values())) == 5
+    assert launches.shared_compiler(3) is launches.shared_compiler(3)
 
 
 def test_what_failed_with_other_sources_is_tried_again(tmp_path):
@@ -287,6 +301,25 @@ def test_variants_without_time_are_no_rows_and_leave_the_slice_unfinished(tmp_pa
     assert 0 < asked[0].seconds < 100
 
 
+def test_shapes_without_time_leave_the_slice_unfinished_and_its_rows_on_disk(tmp_path, monkeypatch):
+    asked = []
+    row = {"op": "rms_norm", "shape": "a", "baselines": {"eager": {"ratio": 2.0}}}
+
+    def run(names, device, dtype, *, deadline):
+        asked.append(deadline - time.monotonic())
+        return {"rows": rows, "unfinished": ["rms_norm b"]}
+
+    monkeypatch.setattr(ops, "run", run)
+    job = slice_process.Job(tmp_path / "ops-x.json", "cpu", False, {"ops": ["rms_norm"], "dtype": "bf16"}, 100.0)
+    rows = []
+    assert slice_runs.ops(job).unfinished and not job.out.exists()
+    rows = [row]
+    outcome = slice_runs.ops(job)
+    assert outcome == Outcome("1 rows; up to 2.00 x eager; no time for rms_norm b", unfinished=True)
+    assert json.loads(job.out.read_text())["rows"] == rows
+    assert all(0 < seconds < 100 for seconds in asked)
+
+
 # The plan ----------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +402,22 @@ def test_the_command_line(capsys, tmp_path):
         assert "the card does not answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("print('a warning, then no JSON')", "expected JSON .*got 'a warning, then no JSON"),
+        ("import time; time.sleep(60)", "nothing came of it in 2 s"),
+        ("import sys; sys.exit('driver mismatch')", "does not answer: driver mismatch"),
+    ],
+)
+def test_a_card_that_does_not_answer_is_a_sentence(monkeypatch, capsys, tmp_path, code, text):
+    run = subprocess.run
+    monkeypatch.setattr(campaign.subprocess, "run", lambda argv, **more: run([argv[0], "-c", code], **more))
+    monkeypatch.setattr(campaign, "_ANSWER_S", 2.0)
+    assert campaign.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert re.search(text, capsys.readouterr().err)
+
+
 def test_the_card_is_named_by_what_collect_env_says(monkeypatch):
     monkeypatch.delenv("PYVIDEO_REVISION", raising=False)
     facts = collect_env.collect()
@@ -395,7 +444,7 @@ def test_samples_are_compiled_ahead_in_every_dtype_and_head_dim(monkeypatch):
             asked.extend(jobs)
             return dict.fromkeys(jobs)
 
-    monkeypatch.setattr(correctness, "_compiler", lambda workers: Recorder())
+    monkeypatch.setattr(launches, "shared_compiler", lambda workers: Recorder())
     assert correctness.compile_ahead("spacetime_attention", CPU) == len(asked) == len(set(asked))
     forward = [job.launch for job in asked if job.launch.op == "spacetime_attention"]
     assert {launch.dtype for launch in forward} == {"bfloat16", "float16", "float32"}

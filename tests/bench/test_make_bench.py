@@ -99,7 +99,9 @@ def test_ctrl_c_says_what_is_kept(parts, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ops, "run", interrupted)
     assert main(tmp_path) == 130
-    assert f"what was finished is in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"what was finished is in {tmp_path / 'out' / 'ops-bf16.json'}\n")
     parts.append("not the first")
-    assert bench.main(["--device", "cpu", "--output", str(tmp_path / "empty")]) == 130
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "e2e-tiny.json").write_text("of an earlier run")
+    assert bench.main(["--device", "cpu", "--output", str(tmp_path / "old")]) == 130
     assert "nothing was written" in capsys.readouterr().err

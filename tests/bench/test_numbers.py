@@ -162,6 +162,23 @@ def test_files_of_one_machine_are_one_table(tmp_path):
         numbers.load(tmp_path)
 
 
+def test_clips_that_differ_in_variants_or_settings_alone_keep_their_plots_apart(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install pyvideo-kernels[bench]")
+    one, other, latents = clip_result(), clip_result(), clip_result()
+    other["rows"][1]["variant"] = "ours:attention=dense"
+    latents["settings"]["decode"] = False
+    again = clip_result()
+    again["settings"]["text_seconds"] = 1.5  # as measured in another run
+    assert numbers.stem(again) == numbers.stem(one)
+    paths = [put(tmp_path, f"{i}.json", each) for i, each in enumerate((one, other, latents))]
+    page, *pictures = numbers.report(paths, tmp_path, "Clips")
+    assert len(set(pictures)) == len(pictures) >= 3
+    assert all(f"](plots/{path.name})" in page.read_text() for path in pictures)
+    put(tmp_path, "3.json", again)
+    with pytest.raises(ValueOptionError, match="3.json: wan2.1-1.3b.* is in another file of the same machine too"):
+        numbers.load(tmp_path)
+
+
 def test_a_report_is_of_the_files_given_and_nothing_else(tmp_path, monkeypatch):
     paths = [put(tmp_path, "ops.json", ops_result()), put(tmp_path, "clip.json", clip_result())]
     put(tmp_path, "another.json", {"not": "a result"})

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,6 +311,25 @@ def test_run_gives_a_result_file(quick):
     assert result["rows"] == rows and [row["shape"] for row in rows] == ["first", "second"]
     assert (result["schema"], result["kind"], result["ceilings"]) == (results.SCHEMA, "ops", TOPS)
     assert result["settings"]["rounds"] == 3 and not results.missing_provenance(result["provenance"])
+
+
+def test_no_row_is_begun_that_would_end_after_the_deadline(quick, monkeypatch):
+    now, seconds = [100.0], iter([5.0, 2.0, 1.0, 1.0])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def row(self, entry, shape, sizes):
+        now[0] += next(seconds)
+        return {"op": entry.op, "shape": shape}
+
+    monkeypatch.setattr(bench.Runner, "row", row)
+    result = bench.run(["rms_norm", "gate_residual"], CPU, torch.float32, deadline=112.0)
+    # The third could end at 112, if it took as long as the longest; the fourth at 113.
+    assert [(row["op"], row["shape"]) for row in result["rows"]] == [
+        ("rms_norm", "first"), ("rms_norm", "second"), ("gate_residual", "first"),
+    ]  # fmt: skip
+    assert result["unfinished"] == ["gate_residual second"]
+    now[0], seconds = 100.0, iter([5.0, 5.0, 5.0, 5.0])
+    assert "unfinished" not in bench.run(["rms_norm", "gate_residual"], CPU, torch.float32, deadline=120.0)
 
 
 def test_quick_takes_the_first_shape_and_eager_alone(quick, capsys):

@@ -240,6 +240,16 @@ def test_the_order_of_a_sum_is_no_difference_and_a_lost_tile_is(monkeypatch):
     assert tune_search.difference([total], [exact.flip(0).cumsum(0)[-1]]) is None
 
 
+def test_codes_may_round_the_other_way_now_and_then():
+    a = torch.randint(-127, 127, (100, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    rounded, coarse, shifted = a.clone(), a.clone(), a + 1
+    rounded[3, :32] += 1
+    coarse[3, 5] = a[3, 5] - 2 if a[3, 5] > 0 else a[3, 5] + 2
+    assert tune_search.difference([a], [rounded]) is None and tune_search.difference([a[:0]], [a[:0]]) is None
+    assert tune_search.difference([a], [coarse]) == "output 0: 1 of 6400 codes differ, by up to 2"
+    assert tune_search.difference([a], [shifted]) == "output 0: 6400 of 6400 codes differ, by up to 1"
+
+
 def test_memory_of_the_right_answer_does_not_pass_for_one(kernel):
     """A kernel that writes nothing finds the rule's output in the memory that it is given, unless that is poisoned."""
     kernel(lambda config: config.rows == 4, _nothing)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,27 @@ def test_works_without_triton_diffusers_and_the_extension():
     )
     # On the CPU Triton is refused for the device first; loading it is refused because it is missing.
     assert out == ["UnsupportedError", "DeviceError", "UnsupportedError"]
+
+
+def test_the_command_without_its_packages_is_a_sentence():
+    (script,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].values()
+    module, _, function = script.partition(":")
+    code = f"""
+sys.meta_path.insert(0, Blocked(*{{names}}))
+from {module} import {function} as command
+sys.argv = ["pyvideo", "--version"]
+command()
+"""
+    run = lambda *names: subprocess.run(
+        [sys.executable, "-c", BLOCK + code.format(names=names)], capture_output=True, text=True, cwd=ROOT
+    )
+    without = run("typer")
+    hint = "error: pyvideo needs typer, which is not installed: pip install 'pyvideo-kernels[sampler]'\n"
+    assert (without.returncode, without.stdout, without.stderr) == (2, "", hint)
+    broken = run("pyvideo_kernels.sampler.settings")  # no extra mends that
+    assert broken.returncode == 1 and "Traceback" in broken.stderr
+    whole = run()
+    assert whole.returncode == 0 and whole.stdout.startswith("pyvideo-kernels ")
 
 
 def test_cold_first_call_under_fullgraph():

@@ -375,3 +375,16 @@ def test_empty_batch(impl):
     if impl != "triton":
         none = (None, (1, 1, 1), False, 0, "suffix", None, 0.25, False, "native", impl)
         assert torch.ops.pyvideo.spacetime_attention(*[q.double()] * 3, (2, 2, 2), *none)[1].dtype == torch.float64
+
+
+@pytest.mark.parametrize("window", [None, (1, 3, 3)])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_nan_is_not_taken_for_a_row_that_saw_nothing(impl, window):
+    """An lse of -inf would drop the row in a merge, and the NaN with it."""
+    q, k, v = (t.to(helpers.DEVICE) for t in _qkv(20))
+    q[0, 7, 1, 3] = float("nan")
+    out, lse = pv.spacetime_attention(q, k, v, grid=(1, 4, 5), window=window, return_lse=True, impl=impl)
+    broken = torch.zeros(1, 2, 20, dtype=torch.bool, device=lse.device)
+    broken[0, 1, 7] = True
+    assert torch.equal(lse.isnan(), broken)
+    assert torch.equal(out.isnan().any(-1), broken.transpose(1, 2))

@@ -341,3 +341,31 @@ def test_candidates_are_what_a_launch_may_take():
     assert "descriptors" in select.illegal(candidates("sm_90", **forward)[0], "sm_90", **{**forward, "aligned": False})
     with pytest.raises(UnsupportedError, match="head_dim up to 256"):
         select("sm_90", **{**forward, "head_dim": 257})
+
+
+def test_exports_with_any_grid():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return pv.spacetime_attention(q, k, v, grid=(q.shape[1] // 12, 3, 4), window=(2, 3, 3), return_lse=True)
+
+    tokens = torch.export.Dim("frames", min=2, max=64) * 12
+    inputs = tuple(x.cpu() for x in _tensors(36, 2, 16))
+    exported = torch.export.export(Attention(), inputs, dynamic_shapes=({1: tokens},) * 3).module()
+    for frames in (3, 5):
+        inputs = tuple(x.cpu() for x in _tensors(frames * 12, 2, 16))
+        torch.testing.assert_close(exported(*inputs), Attention()(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, (2, 3, 3), [(2, 3, 3), (3, 3, 5)]])
+def test_a_cuda_graph_replays_on_new_values(window):
+    options = {"grid": (3, 4, 5), "window": window, "return_lse": True, "impl": "triton"}
+    first, second = (_tensors(60, 2, 64, dtype=torch.float16, seed=seed) for seed in (0, 1))
+    expected = pv.spacetime_attention(*second, **options)  # compiled, and the table of windows made, before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = pv.spacetime_attention(*first, **options)
+    for place, x in zip(first, second, strict=True):
+        place.copy_(x)
+    graph.replay()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(outputs, expected, strict=True))
