@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor, nn
 
 from ...attention_choice import LayerAttention
-from ...ops.int8_attention import int8_attention
+from ...ops.int8_attention import fp8_attention, int8_attention
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.qk_norm_rope_int8 import qk_norm_rope_int8
 from ...ops.rms_norm import rms_norm
@@ -39,18 +39,18 @@ def rms_forward(
     query_weight: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
     heads: int = 0,
-    int8: bool = False,
+    codes: str | None = None,
 ) -> Any:
     """RMSNorm; with ``rotate`` or ``query``, the two halves of a joint norm and rotation of q and k.
 
     The op reads two weights that two modules own, and hooks may hold each in memory only during its owner's forward.
-    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op. With ``int8`` that is
-    the one which writes codes and scales.
+    So norm_q hands its weight on to norm_k from within its own forward, and norm_k runs the op. With ``codes``, a
+    precision, that is the one which writes codes and scales.
     """
     if rotate is not None:
         return rotate(inputs, self.weight)
     if query is not None and rotary_emb is not None:
-        op = qk_norm_rope_int8 if int8 else qk_norm_rope
+        op: Any = qk_norm_rope if codes is None else functools.partial(qk_norm_rope_int8, precision=codes)
         out: Any = op(
             query.unflatten(2, (heads, -1)),
             inputs.unflatten(2, (heads, -1)),
@@ -167,11 +167,11 @@ def _through_key_norm(
     key: Tensor,
     rotary_emb: tuple[Tensor, Tensor],
     heads: int,
-    int8: bool,
+    codes: str | None,
     query: Tensor,
     query_weight: Tensor | None,
 ) -> Any:
-    return norm_k(key, None, query, query_weight, rotary_emb, heads, int8)
+    return norm_k(key, None, query, query_weight, rotary_emb, heads, codes)
 
 
 def _by_codes(
@@ -194,10 +194,11 @@ def _by_codes(
     if _why_not_ours(layer, query, key, value, mask, grid, attn.processor) is not None:
         return None
     assert grid is not None
-    joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, attn.heads, True)
+    joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, attn.heads, layer.precision)
     q8, k8, q_scale, k_scale, _ = attn.norm_q(query, joint)
     window, stride = layer.window_on(grid)
-    out: Any = int8_attention(
+    attend = int8_attention if layer.precision == "int8" else fp8_attention
+    out: Any = attend(
         q8, k8, value, q_scale, k_scale, grid=grid, window=window, stride=stride, impl=settings.impl
     )
     attended: Tensor = out.flatten(2, 3)
