@@ -151,7 +151,7 @@ def _normed(
     if rotary_emb is not None and "qk_norm_rope" in settings.ops:
         reason = _why_not_joint(attn, query, key)
         if reason is None:
-            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads, False)
+            joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, heads, None)
             q, k = attn.norm_q(query, joint)
             return q, k
         fall_back(settings, "qk_norm_rope", reason)
