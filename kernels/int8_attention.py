@@ -1,8 +1,8 @@
 """Attention over int8 or e4m3 queries and keys, dense or over windows of the grid; values in their own dtype.
 
-Products of int8 codes are exact in int32; those of e4m3 codes are summed as the card sums them. A key's scale is one multiplication a score; a query's is a factor of its whole
-row, which rides in the softmax's FMA. Two variants of each kernel: keys and values moved by tensor descriptors (TMA)
-or by pointers.
+Products of int8 codes are exact in int32; those of e4m3 codes are summed as the card sums them. A key's scale is one
+multiplication a score; a query's is a factor of its whole row, which rides in the softmax's FMA. Two variants of each
+kernel: keys and values moved by tensor descriptors (TMA) or by pointers.
 """
 
 from __future__ import annotations

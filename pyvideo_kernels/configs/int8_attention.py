@@ -1,4 +1,4 @@
-"""Tiles and boxes of the attention kernels on 8-bit codes, by architecture, head dimension and the dtype of the values."""
+"""Tiles and boxes of the attention kernels on 8-bit codes, by architecture, head dimension and dtype of the values."""
 
 from __future__ import annotations
 

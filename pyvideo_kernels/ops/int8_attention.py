@@ -20,8 +20,6 @@ from ..errors import (
 )
 from .spacetime_attention import check_options
 
-_OP = "int8_attention"
-
 
 def int8_attention(
     q8: Tensor,
@@ -67,7 +65,7 @@ def int8_attention(
     Source: Zhang et al., "SageAttention", arXiv:2410.02367.
     """
     return _attend(
-        _OP, torch.int8, q8, k8, v, q_scale, k_scale, lse_shift, grid=grid, window=window, stride=stride,
+        "int8_attention", torch.int8, q8, k8, v, q_scale, k_scale, lse_shift, grid=grid, window=window, stride=stride,
         causal_time=causal_time, text_len=text_len, text_side=text_side, kv_lens=kv_lens, scale=scale,
         return_lse=return_lse, impl=impl,
     )  # fmt: skip
@@ -117,8 +115,8 @@ def fp8_attention(
     Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; the scales and K's constant as `quantize_qk`.
     """
     return _attend(
-        "fp8_attention", torch.float8_e4m3fn, q8, k8, v, q_scale, k_scale, lse_shift, grid=grid, window=window, stride=stride,
-        causal_time=causal_time, text_len=text_len, text_side=text_side, kv_lens=kv_lens, scale=scale,
+        "fp8_attention", torch.float8_e4m3fn, q8, k8, v, q_scale, k_scale, lse_shift, grid=grid, window=window,
+        stride=stride, causal_time=causal_time, text_len=text_len, text_side=text_side, kv_lens=kv_lens, scale=scale,
         return_lse=return_lse, impl=impl,
     )  # fmt: skip
 

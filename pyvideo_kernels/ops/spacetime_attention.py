@@ -65,8 +65,8 @@ def spacetime_attention(
         scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
         return_lse: also return ``lse``, natural logarithm, ``[B, heads, S]`` fp32 (fp64 for fp64 inputs).
         precision: ``native``: products of the inputs' dtype, fp32 accumulation. ``int8``: `quantize_qk`, then
-            `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward. ``fp8``: the same
-            in e4m3, by `fp8_attention`.
+            `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward. ``fp8``: the
+            same in e4m3, by `fp8_attention`.
         impl: ``auto``, ``reference``, ``triton``, ``sdpa`` or ``flash`` (an installed FlashAttention-4 or -3); an
             explicit choice never falls back.
     Returns:

@@ -1,4 +1,4 @@
-"""Oracle of int8_attention and fp8_attention: attention over the numbers that the codes stand for; and its sample inputs."""
+"""Oracle of int8_attention, and of fp8_attention: attention over what the codes stand for; and its sample inputs."""
 
 from __future__ import annotations
 

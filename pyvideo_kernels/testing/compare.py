@@ -4,8 +4,8 @@
     rms(y - ref64)  <=  2 * rms(eager - ref64)  +  eps(dtype) / 4 * rms(ref64)
 
 ``ref64`` is the oracle on the same inputs upcast to float64, ``eager`` the oracle at the inputs' dtype. NaN or
-infinity where the oracle is finite fails, whatever the size. Integers and fp8 are codes that numbers were rounded to: off by
-one where eager is too, or in one of a thousand.
+infinity where the oracle is finite fails, whatever the size. Integers and fp8 are codes that numbers were rounded
+to: off by one where eager is too, or in one of a thousand.
 
 Samples are drawn so that the order of a long sum does not matter much on a CPU. It does elsewhere: tensor cores add in
 an order of their own and truncate, and a model's activations are of one sign, where a thousand values added one way

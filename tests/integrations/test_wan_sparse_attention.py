@@ -102,7 +102,7 @@ def test_it_is_what_the_op_gives(name):
     for block in stock.blocks:
         block.attn1.set_processor(OfTheOp())
     theirs = run(stock, video)
-    if "precision" not in arguments:  # where rounding earlier may turn a code, and one code is worth more than a rounding
+    if "precision" not in arguments:  # rounding earlier may turn a code, and one code is worth more than a rounding
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     # Steps of e4m3 are wider, and a code that turns weighs as much.
     assert (ours - dense).abs().max() > (5 if "fp8" in name else 10) * (ours - theirs).abs().max()

@@ -198,9 +198,7 @@ def _by_codes(
     q8, k8, q_scale, k_scale, _ = attn.norm_q(query, joint)
     window, stride = layer.window_on(grid)
     attend = int8_attention if layer.precision == "int8" else fp8_attention
-    out: Any = attend(
-        q8, k8, value, q_scale, k_scale, grid=grid, window=window, stride=stride, impl=settings.impl
-    )
+    out: Any = attend(q8, k8, value, q_scale, k_scale, grid=grid, window=window, stride=stride, impl=settings.impl)
     attended: Tensor = out.flatten(2, 3)
     return attended
 
