@@ -130,14 +130,14 @@ def _tiled(x: Tensor, grid: Any, tile: Any) -> Tensor:
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7, 8).flatten(4, 6).flatten(1, 3)
 
 
-def quantize_qk(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, ...]:
+def quantize_qk(q: Tensor, k: Tensor, precision: str = "int8", **_: Any) -> tuple[Tensor, ...]:
     """A pass over q and one over k, and one for the mean of every 64th key (of 64 keys at least)."""
     some = k[:, :: max(1, min(k.shape[1] // 64, 64))]
     mean = some.float().mean(1)
     codes, scales = [], []
     for x in (q.float(), k.float() - mean[:, None]):
-        scale = x.abs().amax(-1, keepdim=True) / 127
-        codes.append((x / scale).round().to(torch.int8))
+        scale = x.abs().amax(-1, keepdim=True) / (127 if precision == "int8" else 448)
+        codes.append((x / scale).round().to(torch.int8) if precision == "int8" else (x / scale).to(torch.float8_e4m3fn))
         scales.append(scale[..., 0].transpose(1, 2).contiguous())
     return *codes, *scales, torch.einsum("bshd,bhd->bhs", q.float(), mean)
 

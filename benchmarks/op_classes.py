@@ -44,6 +44,7 @@ PYVIDEO_KINDS = {
     "patch_embed3d": "gemm",
     "spacetime_attention": "attention",
     "int8_attention": "attention",
+    "fp8_attention": "attention",
     "block_sparse_attention": "attention",
     # The means of tiles choose what sparse attention looks at: a part of its price.
     "block_mean": "attention",

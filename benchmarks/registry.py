@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -241,9 +242,11 @@ def _attention_flops(grid: Any, heads: int, head_dim: int, **sizes: Any) -> floa
     return float(_attention_cost(grid, heads, head_dim, **sizes).flops)
 
 
-def _int8_inputs(grid: Any, heads: int, head_dim: int, dtype: Any, device: Any) -> dict[str, Any]:
+def _int8_inputs(
+    grid: Any, heads: int, head_dim: int, dtype: Any, device: Any, precision: str = "int8"
+) -> dict[str, Any]:
     inputs = _attention_inputs(grid, heads, head_dim, dtype, device)
-    q8, k8, q_scale, k_scale, _ = eager.quantize_qk(inputs["q"], inputs["k"])
+    q8, k8, q_scale, k_scale, _ = eager.quantize_qk(inputs["q"], inputs["k"], precision)
     return {"q8": q8, "k8": k8, "v": inputs["v"], "q_scale": q_scale, "k_scale": k_scale, "grid": grid}
 
 
@@ -420,6 +423,8 @@ ENTRIES: dict[str, Entry] = {
               _attention_bytes, _attention_flops),
         Entry("int8_attention", _S.INT8_GPU, _S.INT8_CPU, _int8_inputs, eager.int8_attention, _int8_bytes,
               _attention_flops),
+        Entry("fp8_attention", _S.INT8_GPU, _S.INT8_CPU, partial(_int8_inputs, precision="fp8"), eager.int8_attention,
+              _int8_bytes, _attention_flops),
         Entry("quantize_qk", _S.INT8_GPU, _S.INT8_CPU, _quantize_inputs, eager.quantize_qk, _quantize_bytes),
         Entry("qk_norm_rope_int8", _S.QK_INT8_GPU, _S.QK_IN_PLACE_CPU, _qk_inputs, eager.qk_norm_rope_int8,
               _qk_int8_bytes),

@@ -1,8 +1,8 @@
-"""Attention over int8 queries and keys, dense or over windows of the grid; values in their own dtype.
+"""Attention over int8 or e4m3 queries and keys, dense or over windows of the grid; values in their own dtype.
 
-Products of codes are exact in int32. A key's scale is one multiplication a score; a query's is a factor of its whole
-row, which rides in the softmax's FMA. Two variants of each kernel: keys and values moved by tensor descriptors (TMA)
-or by pointers.
+Products of int8 codes are exact in int32; those of e4m3 codes are summed as the card sums them. A key's scale is one
+multiplication a score; a query's is a factor of its whole row, which rides in the softmax's FMA. Two variants of each
+kernel: keys and values moved by tensor descriptors (TMA) or by pointers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyvideo_kernels.configs import arch_for
-from pyvideo_kernels.configs.int8_attention import select, select_windowed
+from pyvideo_kernels.configs.int8_attention import has_e4m3, select, select_windowed
 from pyvideo_kernels.configs.spacetime_attention import AttentionConfig
 from pyvideo_kernels.configs.windowed_attention import WindowConfig
 from pyvideo_kernels.errors import UnsupportedError
@@ -47,6 +47,18 @@ _WINDOW_SIZES = [
     "s", "heads", "group", "t", "h", "w", "tiles_t", "tiles_h", "tiles_w", "text_tiles", "video_start", "text_start",
     "text_len", "window_t", "window_h", "window_w", "stride_t", "stride_h", "stride_w",
 ]  # fmt: skip
+
+
+@triton.jit
+def _products(q, k, values: tl.constexpr):
+    """Products of codes, as fp32."""
+    if q.dtype == tl.int8:
+        return tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32)
+    elif values == tl.float32:
+        # fp16 holds e4m3 exactly. sm_90 keeps some 14 bits of a sum of fp8 products: not enough for fp32 values.
+        return tl.dot(q.to(tl.float16), k.to(tl.float16).T)
+    else:
+        return tl.dot(q, k.T)
 
 
 @triton.jit
@@ -89,7 +101,7 @@ def _int8_attention_fwd_kernel(
     first = (tile * BLOCK_M).to(tl.int64)
     row_mask = first + queries < s
     q_tile = q_ptr + batch * q_b + first * q_s + head * q_h
-    q = tl.load(q_tile + queries[:, None] * q_s + cols[None, :], mask=row_mask[:, None] & col_mask[None, :], other=0)
+    q = tl.load(q_tile + queries[:, None] * q_s + cols[None, :], mask=row_mask[:, None] & col_mask[None, :], other=0.0)
     row_scale = tl.load(q_scale_ptr + (batch * heads + head) * s + first + queries, mask=row_mask, other=1.0)
     factor = row_scale * scale_log2
     k_head = k_ptr + batch * k_b + kv_head * k_h
@@ -110,10 +122,10 @@ def _int8_attention_fwd_kernel(
         else:
             k = tl.load(
                 k_head + far * k_s + keys[:, None] * k_s + cols[None, :],
-                mask=None if D == BLOCK_D else col_mask[None, :], other=None if D == BLOCK_D else 0,
+                mask=None if D == BLOCK_D else col_mask[None, :], other=None if D == BLOCK_D else 0.0,
             )  # fmt: skip
         key_scale = tl.load(k_scale_head + n + keys)
-        scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
+        scores = _products(q, k, v_ptr.dtype.element_ty) * key_scale[None, :]
         weights, acc, top, total = _soften_rows(scores, acc, top, total, factor, False)
         if DESCRIPTORS:
             v = v_desc.load([box, n, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -135,10 +147,10 @@ def _int8_attention_fwd_kernel(
                 v = tl.where(seen[:, None], v, 0.0)
         else:
             inside = seen[:, None] & col_mask[None, :]
-            k = tl.load(k_head + far * k_s + keys[:, None] * k_s + cols[None, :], mask=inside, other=0)
+            k = tl.load(k_head + far * k_s + keys[:, None] * k_s + cols[None, :], mask=inside, other=0.0)
             v = tl.load(v_head + far * v_s + keys[:, None] * v_s + cols[None, :], mask=inside, other=0.0)
         key_scale = tl.load(k_scale_head + n + keys, mask=seen, other=0.0)
-        scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
+        scores = _products(q, k, v_ptr.dtype.element_ty) * key_scale[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         weights, acc, top, total = _soften_rows(scores, acc, top, total, factor, False)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
@@ -183,7 +195,7 @@ def _int8_windowed_attention_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     col_mask = cols < D
     q_tile = q_ptr + batch * q_b + head.to(tl.int64) * q_h
-    q = tl.load(q_tile + row[:, None] * q_s + cols[None, :], mask=valid[:, None] & col_mask[None, :], other=0)
+    q = tl.load(q_tile + row[:, None] * q_s + cols[None, :], mask=valid[:, None] & col_mask[None, :], other=0.0)
     line = (batch * heads + head) * s + row
     factor = tl.load(q_scale_ptr + line, mask=valid, other=1.0) * scale_log2
     shift = tl.zeros([BLOCK_M], tl.float32)
@@ -224,7 +236,7 @@ def _int8_windowed_attention_fwd_kernel(
         else:
             k = tl.load(
                 k_head + origin * k_s + place[:, None] * k_s + cols[None, :],
-                mask=None if D == BLOCK_D else col_mask[None, :], other=None if D == BLOCK_D else 0,
+                mask=None if D == BLOCK_D else col_mask[None, :], other=None if D == BLOCK_D else 0.0,
             )  # fmt: skip
         key_scale = tl.load(k_scale_head + origin + place)
         seen = (
@@ -236,7 +248,7 @@ def _int8_windowed_attention_fwd_kernel(
         # arithmetic, the sign of what is left to the edge: masks would fill the scalar registers of gfx9.
         left = (high_t - 1 - from_t - key_t) | (high_h - 1 - from_h - key_h) | (high_w - 1 - from_w - key_w)
         asked = wanted | (left & -2147483648)
-        scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
+        scores = _products(q, k, v_ptr.dtype.element_ty) * key_scale[None, :]
         scores = tl.where((seen[:, None] & asked[None, :]) == asked[None, :], scores, float("-inf"))
         weights, acc, top, total = _soften_rows(scores, acc, top, total, factor, True)
         if DESCRIPTORS:
@@ -257,9 +269,9 @@ def _int8_windowed_attention_fwd_kernel(
             real_text = j + n < keys
             line_text = (text_start + j + n).to(tl.int64)
             load_text = real_text[:, None] & col_mask[None, :]
-            k = tl.load(k_head + line_text[:, None] * k_s + cols[None, :], mask=load_text, other=0)
+            k = tl.load(k_head + line_text[:, None] * k_s + cols[None, :], mask=load_text, other=0.0)
             text_scale = tl.load(k_scale_head + line_text, mask=real_text, other=0.0)
-            scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * text_scale[None, :]
+            scores = _products(q, k, v_ptr.dtype.element_ty) * text_scale[None, :]
             scores = tl.where(real_text[None, :], scores, float("-inf"))
             weights, acc, top, total = _soften_rows(scores, acc, top, total, factor, True)
             v = tl.load(v_head + line_text[:, None] * v_s + cols[None, :], mask=load_text, other=0.0)
@@ -346,8 +358,13 @@ def int8_attention(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``impl="triton"`` of the op."""
-    refuse_float64("int8_attention", v)
+    """``impl="triton"`` of the op, and of fp8_attention, by the dtype of the codes."""
+    op = "int8_attention" if q8.dtype == torch.int8 else "fp8_attention"
+    refuse_float64(op, v)
+    if q8.dtype != torch.int8 and not has_e4m3(arch_for(v)):
+        raise UnsupportedError(
+            f"{op}: impl 'triton' needs matrix products of e4m3 (sm_89+, gfx950), {arch_for(v)} has none; use int8"
+        )
     b, s, heads, head_dim = q8.shape
     out = v.new_empty((b, s, heads, head_dim))
     lse = v.new_empty((b, heads, s) if return_lse else (0,), dtype=torch.float32)
@@ -366,7 +383,7 @@ def int8_attention(
         sides = [max(a, b) for a, b in zip(config.query, config.key, strict=True)]
         reach = (sides[0] * size[1] + sides[1]) * size[2] + sides[2]
     if max(x.stride(1) for x in (q8, k8, v)) * reach >= 2**31:
-        raise UnsupportedError("int8_attention: impl 'triton' needs a tile of tokens within 2^31 elements")
+        raise UnsupportedError(f"{op}: impl 'triton' needs a tile of tokens within 2^31 elements")
     tensors = (q8, k8, v, q_scale, k_scale, lse_shift, out, lse if return_lse else None)
     if out.numel() and isinstance(config, AttentionConfig):
         _launch_dense(tensors, kv_lens, text_len, text_side, scale, config)

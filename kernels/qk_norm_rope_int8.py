@@ -1,4 +1,4 @@
-"""Query/key norm, rotary embedding and int8 codes in one pass: what attention reads is all that is written."""
+"""Query/key norm, rotary embedding and 8-bit codes in one pass: what attention reads is all that is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs import qk_norm_rope as configs
 from pyvideo_kernels.configs import quantize_qk as mean_configs
 from pyvideo_kernels.errors import UnsupportedError
-from pyvideo_kernels.reference.quantize_qk import sampled
+from pyvideo_kernels.reference.quantize_qk import CODES, sampled
 
 from .launch import cdiv, on_device, refuse_float64
 from .pairs import four_dims, load_pairs, store_pairs, table_strides
@@ -26,7 +26,7 @@ def _one_token(
     cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
     token, head_block, tokens, heads, head_dim, start, stop, eps,
     NORM: tl.constexpr, LAYER: tl.constexpr, HALF_LAYOUT: tl.constexpr, TABLE_HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Heads of one token of q if there is a ``shift_ptr``, else of k, less the mean; ``group``: heads to a mean."""
     x, y, b, s, head, head_mask = norm_rotate(
@@ -46,12 +46,13 @@ def _one_token(
     else:
         x = x - mean_x
         y = y - mean_y
-    scale, factor, good = row_scale(tl.where(inside, tl.maximum(sizes(x), sizes(y)), 0.0))
+    scale, factor, good = row_scale(tl.where(inside, tl.maximum(sizes(x), sizes(y)), 0.0), LARGEST)
     tl.store(scale_ptr + line, scale, mask=head_mask)
     rows = ((b * tokens + s) * heads + head) * head_dim
     store_pairs(
-        codes_ptr, rows, head_mask, half, to_codes(x, factor, good), to_codes(y, factor, good), HALF_LAYOUT, BLOCK_HALF
-    )
+        codes_ptr, rows, head_mask, half, to_codes(x, factor, good, LARGEST), to_codes(y, factor, good, LARGEST),
+        HALF_LAYOUT, BLOCK_HALF,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _qk_norm_rope_int8_fwd_kernel(
     cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
     q_programs, k_programs, tokens, q_heads, k_heads, head_dim, start, stop, eps,
     NORM: tl.constexpr, LAYER: tl.constexpr, HALF_LAYOUT: tl.constexpr, TABLE_HEADS: tl.constexpr,
-    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs are q and k of one token, so that the second finds its tables in cache.
     pid = tl.program_id(0)
@@ -73,7 +74,7 @@ def _qk_norm_rope_int8_fwd_kernel(
                 q_ptr, q_b, q_s, q_h, q8_ptr, q_scale_ptr, shift_ptr, mean_ptr, q_heads // k_heads,
                 q_weight_ptr, q_bias_ptr, cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
                 i // blocks, i % blocks, tokens, q_heads, head_dim, start, stop, eps,
-                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, Q_BLOCK, BLOCK_HALF,
+                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, Q_BLOCK, BLOCK_HALF, LARGEST,
             )  # fmt: skip
     else:
         if i < k_programs:
@@ -82,7 +83,7 @@ def _qk_norm_rope_int8_fwd_kernel(
                 k_ptr, k_b, k_s, k_h, k8_ptr, k_scale_ptr, None, mean_ptr, 1,
                 k_weight_ptr, k_bias_ptr, cos_ptr, cos_b, cos_s, cos_h, sin_ptr, sin_b, sin_s, sin_h,
                 i // blocks, i % blocks, tokens, k_heads, head_dim, start, stop, eps,
-                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, K_BLOCK, BLOCK_HALF,
+                NORM, LAYER, HALF_LAYOUT, TABLE_HEADS, K_BLOCK, BLOCK_HALF, LARGEST,
             )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def qk_norm_rope_int8(
     rotary_start: int,
     rotary_stop: int,
     eps: float,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``impl="triton"`` of the op."""
     refuse_float64("qk_norm_rope_int8", q, q_weight, k_weight, q_bias, k_bias)
@@ -139,7 +141,7 @@ def qk_norm_rope_int8(
     q_scale, k_scale, shift = (q.new_empty((b, n, s), dtype=torch.float32) for n in (heads, kv_heads, heads))
     programs = [b * s * cdiv(n, config.block_heads) for n, config in ((heads, q_config), (kv_heads, k_config))]
     if not q.numel():
-        return q8, k8, q_scale, k_scale, shift
+        return q8.view(CODES[precision][0]), k8.view(CODES[precision][0]), q_scale, k_scale, shift
     mean = _mean(k, k_weight, k_bias, cos, sin, norm, norm_type, layout, rotary_start, stop, eps, k_config)
     with on_device(q):
         _qk_norm_rope_int8_fwd_kernel[(2 * max(programs),)](
@@ -151,6 +153,7 @@ def qk_norm_rope_int8(
             HALF_LAYOUT=layout == "half",
             TABLE_HEADS=cos is not None and sin is not None and max(cos.shape[2], sin.shape[2]) > 1,
             Q_BLOCK=q_config.block_heads, K_BLOCK=k_config.block_heads, BLOCK_HALF=q_config.block_half,
+            LARGEST=CODES[precision][1],
             num_warps=max(q_config.num_warps, k_config.num_warps),
         )  # fmt: skip
-    return q8, k8, q_scale, k_scale, shift
+    return q8.view(CODES[precision][0]), k8.view(CODES[precision][0]), q_scale, k_scale, shift

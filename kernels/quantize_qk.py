@@ -10,7 +10,7 @@ from torch import Tensor
 from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs.quantize_qk import QuantizeConfig, select
 from pyvideo_kernels.errors import UnsupportedError
-from pyvideo_kernels.reference.quantize_qk import sampled
+from pyvideo_kernels.reference.quantize_qk import CODES, sampled
 
 from .boxes import stride_unit
 from .launch import cdiv, on_device, refuse_float64
@@ -27,20 +27,34 @@ def sizes(x):
 
 
 @triton.jit
-def row_scale(size):
+def row_scale(size, LARGEST: tl.constexpr):
     """A scale for each row of `sizes`, the factor that makes codes of the row, and whether it is finite."""
     top = tl.max(size, 1)
     good = top < float("inf")
     # 2^-118: rows of zeros keep a scale, and a reciprocal, that are normal numbers.
     top = tl.maximum(tl.where(good, top, 1.0), 3.009265538105056e-36)
-    return tl.where(good, top / 127.0, float("nan")), tl.where(good, 127.0 / top, 0.0), good
+    return tl.where(good, top / LARGEST, float("nan")), tl.where(good, LARGEST / top, 0.0), good
 
 
 @triton.jit
-def to_codes(x, factor, good):
-    """``x * factor`` rounded to the nearest (even) integer: the low byte of the sum with 1.5·2²³."""
-    code = tl.where(good[:, None], x, 0.0) * factor[:, None] + 12582912.0
-    return code.to(tl.int32, bitcast=True).to(tl.int8)
+def to_codes(x, factor, good, LARGEST: tl.constexpr):
+    """``x * factor`` rounded to the nearest (even) code: an integer if the ``LARGEST`` is 127, e4m3 (its byte) if 448.
+
+    In integer arithmetic, which every card and the interpreter do alike; not all of them convert to e4m3.
+    """
+    wide = tl.where(good[:, None], x, 0.0) * factor[:, None]
+    if LARGEST == 127:
+        # The low byte of the sum with 1.5·2²³.
+        return (wide + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    # A product may be rounded past the largest code by half a unit of fp32.
+    size = tl.minimum(tl.abs(wide), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    # Three bits of mantissa, to even, and an exponent that begins 120 later; below 2⁻⁶ multiples of 2⁻⁹: one of the
+    # lowest bit of 2¹⁴.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    small = (size + 16384.0).to(tl.int32, bitcast=True) & 15
+    code = tl.where(size < 0.015625, small, normal)
+    return (code | tl.where(wide < 0, 128, 0)).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -69,7 +83,7 @@ def _key_mean_kernel(
 @triton.jit
 def _quantize_rows(
     x_ptr, x_b, x_s, x_h, mean_ptr, x8_ptr, scale_ptr, shift_ptr, batch, head, heads, mean_head, mean_heads, first, s,
-    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` tokens of a head; of q if there is a ``shift_ptr``, else of k, less the mean."""
     x_b, x_s, x_h = tl.cast(x_b, tl.int64) * UNIT, x_s * UNIT, tl.cast(x_h, tl.int64) * UNIT
@@ -85,17 +99,17 @@ def _quantize_rows(
         tl.store(shift_ptr + line, tl.sum(x * mean, 1), mask=row_mask)
     else:
         x = x - mean
-    scale, factor, good = row_scale(sizes(x))
+    scale, factor, good = row_scale(sizes(x), LARGEST)
     tl.store(scale_ptr + line, scale, mask=row_mask)
     to = x8_ptr + ((batch * s + first) * heads + head) * D
-    tl.store(to + rows[:, None] * (heads * D) + cols[None, :], to_codes(x, factor, good), mask=mask)
+    tl.store(to + rows[:, None] * (heads * D) + cols[None, :], to_codes(x, factor, good, LARGEST), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _quantize_qk_fwd_kernel(
     q_ptr, k_ptr, mean_ptr, q8_ptr, k8_ptr, q_scale_ptr, k_scale_ptr, shift_ptr,
     heads, kv_heads, s, tiles, q_b, q_s, q_h, k_b, k_s, k_h,
-    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     # Heads of one token adjoin in memory and in time: those of q, then those of k.
     pid = tl.program_id(0)
@@ -106,12 +120,12 @@ def _quantize_qk_fwd_kernel(
     if head < heads:
         _quantize_rows(
             q_ptr, q_b, q_s, q_h, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, batch, head, heads,
-            head // (heads // kv_heads), kv_heads, first, s, D, UNIT, ROWS, BLOCK_D,
+            head // (heads // kv_heads), kv_heads, first, s, D, UNIT, ROWS, BLOCK_D, LARGEST,
         )  # fmt: skip
     else:
         _quantize_rows(
             k_ptr, k_b, k_s, k_h, mean_ptr, k8_ptr, k_scale_ptr, None, batch, head - heads, kv_heads,
-            head - heads, kv_heads, first, s, D, UNIT, ROWS, BLOCK_D,
+            head - heads, kv_heads, first, s, D, UNIT, ROWS, BLOCK_D, LARGEST,
         )  # fmt: skip
 
 
@@ -129,9 +143,10 @@ def launch_mean(k: Tensor, start: int, count: int, step: int, config: QuantizeCo
 
 
 def launch_fwd(
-    q: Tensor, k: Tensor, outputs: tuple[Tensor, ...], mean_start: int, mean_stop: int, config: QuantizeConfig
-) -> None:
-    """Launch over ``[B, S, heads, D]`` views into contiguous codes, scales and ``lse_shift``."""
+    q: Tensor, k: Tensor, outputs: tuple[Tensor, ...], mean_start: int, mean_stop: int, precision: str,
+    config: QuantizeConfig,
+) -> None:  # fmt: skip
+    """Launch over ``[B, S, heads, D]`` views into contiguous codes (as int8), scales and ``lse_shift``."""
     b, s, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     unit = stride_unit(q, k)
@@ -141,11 +156,13 @@ def launch_fwd(
     with on_device(q):
         _quantize_qk_fwd_kernel[(tiles * (heads + kv_heads) * b,)](
             q, k, mean, *outputs, heads, kv_heads, s, tiles, *steps[0], *steps[1],
-            head_dim, unit, config.rows, config.block_d, num_warps=config.num_warps,
+            head_dim, unit, config.rows, config.block_d, CODES[precision][1], num_warps=config.num_warps,
         )  # fmt: skip
 
 
-def quantize_qk(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantize_qk(
+    q: Tensor, k: Tensor, mean_start: int, mean_stop: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``impl="triton"`` of the op."""
     refuse_float64("quantize_qk", q, k)
     b, s, heads, head_dim = q.shape
@@ -155,5 +172,6 @@ def quantize_qk(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> tuple[
     codes = [x.new_empty(x.shape, dtype=torch.int8) for x in (q, k)]
     floats = [q.new_empty((b, n, s), dtype=torch.float32) for n in (heads, k.shape[2], heads)]
     if q.numel():
-        launch_fwd(q, k, (*codes, *floats), mean_start, mean_stop, config)
+        launch_fwd(q, k, (*codes, *floats), mean_start, mean_stop, precision, config)
+    codes = [x.view(CODES[precision][0]) for x in codes]
     return codes[0], codes[1], floats[0], floats[1], floats[2]

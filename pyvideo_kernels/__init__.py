@@ -32,6 +32,7 @@ _EXPORTS = {
     "qk_norm_rope_means": "pyvideo_kernels.ops.qk_norm_rope_means",
     "quantize_qk": "pyvideo_kernels.ops.quantize_qk",
     "int8_attention": "pyvideo_kernels.ops.int8_attention",
+    "fp8_attention": "pyvideo_kernels.ops.int8_attention",
     "block_mean": "pyvideo_kernels.ops.block_mean",
     "block_sparse_attention": "pyvideo_kernels.ops.block_sparse_attention",
     "video_sparse_attention": "pyvideo_kernels.ops.video_sparse_attention",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .ops.gate_residual import gate_residual as gate_residual
     from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate as gate_residual_norm_modulate
     from .ops.guidance_step import guidance_step as guidance_step
+    from .ops.int8_attention import fp8_attention as fp8_attention
     from .ops.int8_attention import int8_attention as int8_attention
     from .ops.layer_norm_modulate import layer_norm_modulate as layer_norm_modulate
     from .ops.patch_embed3d import patch_embed3d as patch_embed3d

@@ -19,13 +19,13 @@ Triple = tuple[int, int, int]
 # The ops behind each kind of attention, the one that attends last. `spacetime_attention` in a precision of its own and
 # `video_sparse_attention` are functions that call several.
 _NATIVE = ("spacetime_attention",)
-_BY_PRECISION = {"int8": ("quantize_qk", "int8_attention")}
+_BY_PRECISION = {"int8": ("quantize_qk", "int8_attention"), "fp8": ("quantize_qk", "fp8_attention")}
 _TILES = ("block_mean", "block_sparse_attention")
-PROLOGUES = {"int8": "qk_norm_rope_int8", "tiles": "qk_norm_rope_means"}
+PROLOGUES = {"int8": "qk_norm_rope_int8", "fp8": "qk_norm_rope_int8", "tiles": "qk_norm_rope_means"}
 """By precision, or for a choice of tiles, the norm and rotation of q and k that writes what the ops after it read."""
 PREPARES = {"qk_norm_rope_int8": "quantize_qk", "qk_norm_rope_means": "block_mean"}
 """The op that each of them makes unnecessary."""
-ATTENTION_OPS = frozenset((*_NATIVE, *_BY_PRECISION["int8"], *_TILES, *PROLOGUES.values()))
+ATTENTION_OPS = frozenset((*_NATIVE, *_BY_PRECISION["int8"], *_BY_PRECISION["fp8"], *_TILES, *PROLOGUES.values()))
 """Ops that run only where ``attention=`` asks for them."""
 
 

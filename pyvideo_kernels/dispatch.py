@@ -80,7 +80,8 @@ def judged_tensor(tensors: Iterable[Tensor]) -> Tensor:
     """The one whose dtype says what a kernel is judged at: the first of floats, before any of codes or indices."""
     first: Tensor | None = None
     for tensor in tensors:
-        if tensor.is_floating_point():
+        # e4m3 is a dtype of codes.
+        if tensor.is_floating_point() and tensor.element_size() > 1:
             return tensor
         first = tensor if first is None else first
     if first is None:

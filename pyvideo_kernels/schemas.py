@@ -143,8 +143,9 @@ def _block_sparse_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((b, heads, s) if return_lse else (0,), dtype=_fp32_or_64(q))
 
 
-def _quantize_qk(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes = (x.new_empty(x.shape, dtype=torch.int8) for x in (q, k))
+def _quantize_qk(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.int8 if rest[-2] == "int8" else torch.float8_e4m3fn
+    codes = (x.new_empty(x.shape, dtype=dtype) for x in (q, k))
     floats = (x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_fp32_or_64(q)) for x in (q, k, q))
     return *codes, *floats  # type: ignore[return-value]
 
@@ -178,6 +179,11 @@ def _unipc_step(sample: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return sample.new_empty(sample.shape), sample.new_empty(sample.shape), sample.new_empty(sample.shape)
 
 
+_CODES_ATTENTION = (
+    "(Tensor q8, Tensor k8, Tensor v, Tensor q_scale, Tensor k_scale, Tensor? lse_shift, SymInt[] grid, "
+    "int[]? window, int[] stride, bool causal_time, SymInt text_len, str text_side, Tensor? kv_lens, float scale, "
+    "bool return_lse, str impl) -> (Tensor, Tensor)"
+)
 _ROPE = (
     "Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
     "str norm, str norm_type, str layout, SymInt rotary_start, SymInt rotary_stop, float eps, str impl"
@@ -230,7 +236,8 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op(
         "qk_norm_rope_int8",
-        f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor q, Tensor k, {_ROPE.replace('str impl', 'str precision, str impl')}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _quantize_qk,
         _impls("qk_norm_rope_int8", "triton"),
         heads="q",
@@ -278,7 +285,7 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op(
         "quantize_qk",
-        "(Tensor q, Tensor k, SymInt mean_start, SymInt mean_stop, str impl) "
+        "(Tensor q, Tensor k, SymInt mean_start, SymInt mean_stop, str precision, str impl) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _quantize_qk,
         _impls("quantize_qk", "triton"),
@@ -286,11 +293,18 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op(
         "int8_attention",
-        "(Tensor q8, Tensor k8, Tensor v, Tensor q_scale, Tensor k_scale, Tensor? lse_shift, SymInt[] grid, "
-        "int[]? window, int[] stride, bool causal_time, SymInt text_len, str text_side, Tensor? kv_lens, float scale, "
-        "bool return_lse, str impl) -> (Tensor, Tensor)",
+        _CODES_ATTENTION,
         _int8_attention,
         _impls("int8_attention", "triton"),
+        heads="v",
+    ),
+    Op(
+        "fp8_attention",
+        _CODES_ATTENTION,
+        _int8_attention,
+        _impls("fp8_attention", "triton"),
+        # A card without such products is told so, not given the oracle.
+        auto={"cuda": ("triton",)},
         heads="v",
     ),
     Op(

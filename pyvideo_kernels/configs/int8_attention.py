@@ -1,4 +1,4 @@
-"""Tiles and boxes of the int8 attention kernels, by architecture, head dimension and the dtype of the values."""
+"""Tiles and boxes of the attention kernels on 8-bit codes, by architecture, head dimension and dtype of the values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .spacetime_attention import MAX_HEAD_DIM, AttentionConfig
 from .tuned import MAX_TILE_REGISTERS, around, combinations, family, threads
 from .windowed_attention import WindowConfig, box
 
-# Matrix instructions take 32 bytes of int8 at a time.
+# Matrix instructions take 32 bytes of codes at a time.
 _MIN_BLOCK_D = 32
 
 
@@ -18,10 +18,15 @@ def _block_d(head_dim: int) -> int:
     return max(_MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
 
 
+def has_e4m3(arch: str) -> bool:
+    """Whether matrix instructions take e4m3 as `torch.float8_e4m3fn` has it; gfx942's is another format (fnuz)."""
+    return arch in ("cpu", "gfx950") or (arch.startswith("sm_") and int(arch[3:]) >= 89)
+
+
 def _refuse_wide(head_dim: int) -> None:
     if head_dim > MAX_HEAD_DIM:
         raise UnsupportedError(
-            f"int8_attention: impl 'triton' has head_dim up to {MAX_HEAD_DIM}, got {head_dim}; use impl='reference'"
+            f"8-bit attention: impl 'triton' has head_dim up to {MAX_HEAD_DIM}, got {head_dim}; use impl='reference'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Query/key norm, rotary embedding and int8 codes in one pass over q and k."""
+"""Query/key norm, rotary embedding and 8-bit codes in one pass over q and k."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import bad_shape, refuse_grad
 from .qk_norm_rope import _check
+from .quantize_qk import check_precision
 
 _OP = "qk_norm_rope_int8"
 
@@ -27,6 +28,7 @@ def qk_norm_rope_int8(
     layout: str = "interleaved",
     rotary_range: tuple[int, int] | None = None,
     eps: float = 1e-6,
+    precision: str = "int8",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`qk_norm_rope`, then `quantize_qk`, in one pass: q and k are read once, and written as codes.
@@ -39,9 +41,10 @@ def qk_norm_rope_int8(
         k: ``[B, S, kv_heads, head_dim]``, of the same length; ``heads`` is a multiple of ``kv_heads``.
         q_weight, k_weight, cos, sin, norm, norm_type, q_bias, k_bias, layout, rotary_range, eps: as for `qk_norm_rope`.
             ``c`` is the mean of some of the tokens that are rotated (the video), of all if no range is given.
+        precision: of the codes, as `quantize_qk`: ``int8`` or ``fp8``.
         impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
     Returns:
-        ``(q8, k8, q_scale, k_scale, lse_shift)``, for `int8_attention`: as `quantize_qk`.
+        ``(q8, k8, q_scale, k_scale, lse_shift)``, for `int8_attention` or `fp8_attention`: as `quantize_qk`.
     Raises:
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
         UnsupportedError: an argument requires grad, or this implementation has not what is asked for.
@@ -54,8 +57,9 @@ def qk_norm_rope_int8(
     b, s, heads, head_dim = q.shape
     if k.shape[1] != s or k.shape[2] < 1 or heads % k.shape[2]:
         bad_shape(_OP, "k", f"[{b}, {s}, a divisor of {heads}, {head_dim}] for `q` {list(q.shape)}", k)
+    check_precision(_OP, precision)
     refuse_grad(_OP, q=q, k=k, cos=cos, sin=sin, **vectors)
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.pyvideo.qk_norm_rope_int8(
-        q, k, *vectors.values(), cos, sin, norm, norm_type, layout, start, stop, eps, impl
+        q, k, *vectors.values(), cos, sin, norm, norm_type, layout, start, stop, eps, precision, impl
     )
     return out

@@ -1,4 +1,4 @@
-"""Queries and keys in int8, for attention on 8-bit products."""
+"""Queries and keys in int8 or e4m3, for attention on 8-bit products."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _OP = "quantize_qk"
 
 
 def quantize_qk(
-    q: Tensor, k: Tensor, *, mean_range: tuple[int, int] | None = None, impl: str = "auto"
+    q: Tensor, k: Tensor, *, mean_range: tuple[int, int] | None = None, precision: str = "int8", impl: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows of queries and keys as int8 codes and one scale each, with a constant taken off the keys.
+    """Rows of queries and keys as 8-bit codes and one scale each, with a constant taken off the keys.
 
         q[i] ≈ q_scale[i] q8[i],   k[j] - c ≈ k_scale[j] k8[j],   lse_shift[i] = q[i]·c
-        scale = max |row| / 127,   codes = round(row / scale)
+        scale = max |row| / 127,   codes = round(row / scale)            (fp8: / 448, to the nearest e4m3)
 
     ``c`` is one vector a batch entry and KV head, the mean of a subsample of the keys: large values that a channel has
     in every key would eat the range of the codes. Softmax does not see it, whatever it is: it adds ``q[i]·c`` to
@@ -37,9 +37,10 @@ def quantize_qk(
         k: ``[B, S, kv_heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
         mean_range: (start, stop), the tokens that ``c`` is the mean of (the video; padding text is left out): every
             64th, or as many as give 64. Empty: ``c = 0``. None: all.
+        precision: ``int8``, or ``fp8``: ``torch.float8_e4m3fn``, made by every card, multiplied by sm_89+ and gfx950.
         impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
     Returns:
-        ``(q8, k8, q_scale, k_scale, lse_shift)``: int8 in the shapes of q and k, then fp32 (fp64 for fp64)
+        ``(q8, k8, q_scale, k_scale, lse_shift)``: codes in the shapes of q and k, then fp32 (fp64 for fp64)
             ``[B, heads, S]``, ``[B, kv_heads, S]`` and ``[B, heads, S]``; all contiguous. Scales are positive, those of
             rows of zeros too; a row that is not finite has the scale NaN, so that attention gives NaN where it counts.
     Raises:
@@ -64,6 +65,15 @@ def quantize_qk(
     start, stop = (0, s) if mean_range is None else mean_range
     if not 0 <= start <= stop <= s:
         bad_option(_OP, "mean_range", f"(start, stop) within 0 and {s}", mean_range)
+    check_precision(_OP, precision)
     refuse_grad(_OP, q=q, k=k)
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.pyvideo.quantize_qk(q, k, start, stop, impl)
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.pyvideo.quantize_qk(
+        q, k, start, stop, precision, impl
+    )
     return out
+
+
+def check_precision(op: str, precision: str) -> None:
+    """Refuse what is not a precision of codes."""
+    if precision not in ("int8", "fp8"):
+        bad_option(op, "precision", "'int8' or 'fp8'", precision)

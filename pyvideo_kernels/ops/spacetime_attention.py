@@ -65,7 +65,8 @@ def spacetime_attention(
         scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
         return_lse: also return ``lse``, natural logarithm, ``[B, heads, S]`` fp32 (fp64 for fp64 inputs).
         precision: ``native``: products of the inputs' dtype, fp32 accumulation. ``int8``: `quantize_qk`, then
-            `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward.
+            `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward. ``fp8``: the
+            same in e4m3, by `fp8_attention`.
         impl: ``auto``, ``reference``, ``triton``, ``sdpa`` or ``flash`` (an installed FlashAttention-4 or -3); an
             explicit choice never falls back.
     Returns:
@@ -86,16 +87,15 @@ def spacetime_attention(
         scale = q.shape[3] ** -0.5
     if not 0 < scale < math.inf:
         bad_option(_OP, "scale", "a positive number", scale)
-    if precision == "fp8":
-        raise UnsupportedError(f"{_OP}: precision 'fp8' is not built yet; use precision='native' or 'int8'")
-    if precision not in ("native", "int8"):
-        bad_option(_OP, "precision", "'native' or 'int8'", precision)
-    if precision == "int8":
-        refuse_grad(f"{_OP} in precision 'int8'", q=q, k=k, v=v)
+    if precision not in ("native", "int8", "fp8"):
+        bad_option(_OP, "precision", "'native', 'int8' or 'fp8'", precision)
+    if precision != "native":
+        refuse_grad(f"{_OP} in precision {precision!r}", q=q, k=k, v=v)
         start = text_len if text_side == "prefix" else 0
         video = (start, start + grid[0] * grid[1] * grid[2])
-        *codes, lse_shift = torch.ops.pyvideo.quantize_qk(q, k, *video, impl)
-        out, lse = torch.ops.pyvideo.int8_attention(
+        *codes, lse_shift = torch.ops.pyvideo.quantize_qk(q, k, *video, precision, impl)
+        attend = torch.ops.pyvideo.int8_attention if precision == "int8" else torch.ops.pyvideo.fp8_attention
+        out, lse = attend(
             *codes[:2], v, *codes[2:], lse_shift if return_lse else None, grid, flat_window, stride, causal_time,
             text_len, text_side, kv_lens, scale, return_lse, impl,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Oracle of int8_attention: attention over the numbers that the codes stand for; and its sample inputs."""
+"""Oracle of int8_attention, and of fp8_attention: attention over what the codes stand for; and its sample inputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def summed(
     )  # fmt: skip
 
 
-def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
+def samples(dtype: torch.dtype, head_dim: int | None = None, precision: str = "int8") -> Iterator[dict[str, Any]]:
     """Dense and windowed, ragged grids, one token, odd head dims, grouped heads, views, text on both sides.
 
     ``head_dim``: that of all samples; None: each has its own.
@@ -81,7 +81,7 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
     ) -> dict[str, Any]:
         q, k = draw(b, s, heads, d, scale=scale), draw(b, s, groups, d, mean=mean)
         names = ("q8", "k8", "q_scale", "k_scale", "lse_shift")
-        quantized = dict(zip(names, quantize_qk(q, k, 0, s), strict=True))
+        quantized = dict(zip(names, quantize_qk(q, k, 0, s, precision), strict=True))
         return {**quantized, "v": draw(b, s, groups, d), "scale": d**-0.5}
 
     def apart(x: Tensor) -> Tensor:

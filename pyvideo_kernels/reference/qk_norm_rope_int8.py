@@ -36,22 +36,24 @@ def qk_norm_rope_int8(
     rotary_start: int,
     rotary_stop: int,
     eps: float,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`qk_norm_rope` in the compute dtype, then `quantize_qk` with the mean of the tokens that are rotated."""
     vectors = (q_weight, k_weight, q_bias, k_bias, cos, sin)
-    return quantize_qk(*_unrounded(q, k, *vectors, norm, norm_type, layout, rotary_start, rotary_stop, eps))
+    rows = _unrounded(q, k, *vectors, norm, norm_type, layout, rotary_start, rotary_stop, eps)
+    return quantize_qk(*rows, precision)
 
 
 def summed(*args: Any) -> dict[int, Tensor]:
     """√terms Σ|a b| of the sums behind each float: as for quantize_qk."""
-    return summed_codes(*_unrounded(*args))
+    return summed_codes(*_unrounded(*args[:-1]), args[-1])
 
 
 def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[str, Any]]:
-    """Those of qk_norm_rope in which q and k are of one sequence.
+    """Those of qk_norm_rope in which q and k are of one sequence, some in each precision.
 
     ``head_dim``: that of all samples; None: each has its own.
     """
-    for kwargs in prologue.samples(dtype, head_dim):
+    for index, kwargs in enumerate(prologue.samples(dtype, head_dim)):
         if kwargs["q"].shape[1] == kwargs["k"].shape[1]:
-            yield kwargs
+            yield {**kwargs, "precision": ("int8", "fp8")[index % 2]}

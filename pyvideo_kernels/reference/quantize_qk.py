@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import compute_dtype, generator, randn, up
 
-LEVELS = 127
+CODES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+"""By precision, the dtype of codes, and the code of the largest number of a row."""
 # Below this a row is zeros: its scale stays a normal number, and so does the scale's reciprocal.
 SMALLEST = 2.0**-118
 # Tokens whose mean stands for that of all: every 64th, and 64 of them at least where there are as many.
@@ -33,31 +34,35 @@ def key_mean(k: Tensor, start: int, stop: int) -> Tensor:
     return torch.where(some.isfinite(), some, 0.0).sum(1) / count
 
 
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def to_codes(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """Codes and one scale a row: ``x ≈ codes * scale``; zeros and a NaN scale for a row that is not finite."""
+    dtype, largest = CODES[precision]
     top = x.abs().amax(-1, keepdim=True)
     good = top.isfinite()
-    scale = torch.where(good, top.clamp(min=SMALLEST), 1.0) / LEVELS
-    codes = torch.where(good, x / scale, 0.0).round()
-    return codes.to(torch.int8), torch.where(good, scale, torch.nan).squeeze(-1)
+    scale = torch.where(good, top.clamp(min=SMALLEST), 1.0) / largest
+    codes = torch.where(good, x / scale, 0.0)
+    codes = codes.round() if precision == "int8" else codes.clamp(-largest, largest)
+    return codes.to(dtype), torch.where(good, scale, torch.nan).squeeze(-1)
 
 
-def quantize_qk(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows of q, and of k less a constant, in int8; what the constant adds to each query's scores."""
+def quantize_qk(
+    q: Tensor, k: Tensor, mean_start: int, mean_stop: int, precision: str = "int8"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows of q, and of k less a constant, in 8 bits; what the constant adds to each query's scores."""
     dtype = compute_dtype(q)
     mean = key_mean(k, mean_start, mean_stop)
     wide = up(q, dtype)
     shift = torch.einsum("bshd,bhd->bhs", wide, mean.repeat_interleave(q.shape[2] // k.shape[2], 1))
-    q8, q_scale = to_int8(wide)
-    k8, k_scale = to_int8(up(k, dtype) - mean[:, None])
+    q8, q_scale = to_codes(wide, precision)
+    k8, k_scale = to_codes(up(k, dtype) - mean[:, None], precision)
     return q8, k8, q_scale.transpose(1, 2).contiguous(), k_scale.transpose(1, 2).contiguous(), shift.contiguous()
 
 
-def summed(q: Tensor, k: Tensor, mean_start: int, mean_stop: int) -> dict[int, Tensor]:
+def summed(q: Tensor, k: Tensor, mean_start: int, mean_stop: int, precision: str = "int8") -> dict[int, Tensor]:
     """√terms Σ|a b| of the sums behind each float: the mean of the keys, and its products with the queries."""
     count, _ = sampled(mean_start, mean_stop)
     mean = key_mean(k.abs(), mean_start, mean_stop)
-    rows = mean.amax(-1)[:, :, None].expand(-1, -1, k.shape[1]) / LEVELS
+    rows = mean.amax(-1)[:, :, None].expand(-1, -1, k.shape[1]) / CODES[precision][1]
     shift = torch.einsum("bshd,bhd->bhs", q.abs(), mean.repeat_interleave(q.shape[2] // k.shape[2], 1))
     return {3: count**0.5 * rows, 4: (count**0.5 + q.shape[3] ** 0.5) * shift}
 
@@ -75,18 +80,21 @@ def samples(dtype: torch.dtype, head_dim: int | None = None) -> Iterator[dict[st
     def draw(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         return randn(*shape, dtype=dtype, g=g, scale=scale, mean=mean)
 
+    precision = {"precision": "int8"}
     packed = draw(2, 37, 3, 3, dim(40))
-    yield {"q": packed[:, :, 0], "k": packed[:, :, 2], "mean_start": 0, "mean_stop": 37}
+    yield {"q": packed[:, :, 0], "k": packed[:, :, 2], "mean_start": 0, "mean_stop": 37, **precision}
     # Grouped heads; a channel that is large and the same in every key, another that is constant; text first.
     q, k = draw(1, 150, 4, dim(64)), draw(1, 150, 2, dim(64))
     k[..., 3] += 40.0
     k[..., -1] = 7.0
-    yield {"q": q, "k": k, "mean_start": 9, "mean_stop": 150}
+    yield {"q": q, "k": k, "mean_start": 9, "mean_stop": 150, **precision}
+    yield {"q": q, "k": k, "mean_start": 9, "mean_stop": 150, "precision": "fp8"}
     # Heads outermost in memory, logits to ±60; rows of zeros, the whole of k in one batch entry.
     q, k = (draw(2, 2, 19, dim(128), scale=8.0).transpose(1, 2) for _ in range(2))
     q[:, 4] = 0.0
     k[1] = 0.0
-    yield {"q": q, "k": k, "mean_start": 0, "mean_stop": 11}
+    yield {"q": q, "k": k, "mean_start": 0, "mean_stop": 11, **precision}
+    precision = {"precision": "fp8"}
     # One token, and no video token to take a mean of.
-    yield {"q": draw(1, 1, 1, dim(24)), "k": draw(1, 1, 1, dim(24)), "mean_start": 0, "mean_stop": 1}
-    yield {"q": draw(1, 5, 1, dim(16)), "k": draw(1, 5, 1, dim(16)), "mean_start": 0, "mean_stop": 0}
+    yield {"q": draw(1, 1, 1, dim(24)), "k": draw(1, 1, 1, dim(24)), "mean_start": 0, "mean_stop": 1, **precision}
+    yield {"q": draw(1, 5, 1, dim(16)), "k": draw(1, 5, 1, dim(16)), "mean_start": 0, "mean_stop": 0, **precision}

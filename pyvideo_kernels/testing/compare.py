@@ -4,8 +4,8 @@
     rms(y - ref64)  <=  2 * rms(eager - ref64)  +  eps(dtype) / 4 * rms(ref64)
 
 ``ref64`` is the oracle on the same inputs upcast to float64, ``eager`` the oracle at the inputs' dtype. NaN or
-infinity where the oracle is finite fails, whatever the size. Integers are codes that numbers were rounded to: off by
-one where eager is too, or in one of a thousand.
+infinity where the oracle is finite fails, whatever the size. Integers and fp8 are codes that numbers were rounded
+to: off by one where eager is too, or in one of a thousand.
 
 Samples are drawn so that the order of a long sum does not matter much on a CPU. It does elsewhere: tensor cores add in
 an order of their own and truncate, and a model's activations are of one sign, where a thousand values added one way
@@ -38,9 +38,9 @@ class Mismatch(AssertionError):
 
 
 def to_float64(value: Any) -> Any:
-    """Floating tensors upcast to float64 (in lists too); everything else unchanged."""
+    """Floating tensors upcast to float64 (in lists too); everything else, codes in fp8 too, unchanged."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.double() if value.is_floating_point() and value.element_size() > 1 else value
     if isinstance(value, (list, tuple)):
         return type(value)(to_float64(item) for item in value)
     return value
@@ -63,8 +63,8 @@ def assert_close(
         raise Mismatch(f"{label}: dtype {out.dtype}, expected {eager.dtype}")
     if out.numel() == 0:
         return
-    if not eager.dtype.is_floating_point:
-        _assert_codes(out, ref64, eager, label)
+    if not eager.dtype.is_floating_point or eager.dtype.itemsize == 1:
+        _assert_codes(_ordinals(out), _ordinals(ref64), _ordinals(eager), label)
         return
     y, r, e = out.double(), ref64.double(), eager.double()
     finite = torch.isfinite(r)
@@ -88,9 +88,17 @@ def assert_close(
             raise Mismatch(f"{label}: {name} error {error:.3e} over the allowed {allowed:.3e} (flat index {at[0]})")
 
 
+def _ordinals(x: Tensor) -> Tensor:
+    """Codes as consecutive integers: those of fp8 are a sign and a size."""
+    if not x.is_floating_point():
+        return x.long()
+    bits = x.view(torch.uint8).long()
+    return torch.where(bits < 128, bits, 128 - bits)
+
+
 def _assert_codes(out: Tensor, ref64: Tensor, eager: Tensor, label: str) -> None:
     """Integers that float64's were rounded to: a number near the middle of two may go either way, and few are."""
-    off, eager_off = ((x.long() - ref64.long()).abs() for x in (out, eager))
+    off, eager_off = ((x - ref64).abs() for x in (out, eager))
     wrong, allowed = int((off > 0).sum()), 2 * int((eager_off > 0).sum()) + off.numel() // 1000 + 1
     if int(off.max()) > 1 or wrong > allowed:
         raise Mismatch(f"{label}: {wrong} codes off by up to {int(off.max())}, over the allowed {allowed} off by 1")

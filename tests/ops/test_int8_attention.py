@@ -116,7 +116,7 @@ def test_error_levels_against_dense_float64(kind):
         assert float(scores.abs().max()) > 55
     if kind == "offset":
         # What the constant taken off the keys is good for, and what becomes of the LSE without it.
-        q8, k8, q_scale, k_scale, _ = torch.ops.pyvideo.quantize_qk(q, k, 0, 0, "triton")
+        q8, k8, q_scale, k_scale, _ = torch.ops.pyvideo.quantize_qk(q, k, 0, 0, "int8", "triton")
         raw = pv.int8_attention(q8, k8, v, q_scale, k_scale, grid=(2, 5, 13), impl="triton")
         assert _relative(raw, exact) > 3 * level
         q8, k8, q_scale, k_scale, _ = pv.quantize_qk(q, k, impl="triton")

@@ -29,7 +29,7 @@ def test_matches_float64(impl, device, dtype):
 @pytest.mark.skipif(helpers.GPU, reason="on a card bf16 is among the dtypes above")
 def test_bfloat16_is_read_right():
     # No matrix product here: the interpreter has bf16.
-    assert check_op(OP, "triton", "cpu", torch.bfloat16) == 5
+    assert check_op(OP, "triton", "cpu", torch.bfloat16) == 6
 
 
 def test_contract():
@@ -64,6 +64,22 @@ def test_codes_stand_for_the_rows_less_one_constant(impl):
     assert float((shift - expected).abs().max()) < 24**0.5 * float(q.abs().max()) * float(step.max())
     # An offset that all keys have is not paid for in steps.
     assert float(k_scale.max()) < 8.0 / 127
+
+
+def test_e4m3_rounds_as_torch_does():
+    # Rows whose largest number is 448, so that the scale is one: all sizes, every tie, what rounds to zero.
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (grid[1:] + grid[:-1]) / 2
+    numbers = torch.cat([grid, ties, ties.nextafter(grid[1:]), ties.nextafter(grid[:-1]), _randn(195).exp()])
+    numbers = torch.cat([numbers, -numbers]).view(-1, 14)
+    q = torch.nn.functional.pad(numbers, (0, 2), value=448.0)[None, :, None]
+    codes, _, scale, _, shift = _triton(q, q, mean_range=(0, 0), precision="fp8")
+    assert codes.dtype == torch.float8_e4m3fn and bool((scale == 1).all()) and not shift.any()
+    assert torch.equal(codes.cpu().float(), q.to(torch.float8_e4m3fn).float())
+    for impl in ("reference", "triton"):
+        q[0, 3, 0, 2] = float("nan")
+        codes, _, scale, _, _ = pv.quantize_qk(q.to(helpers.DEVICE), q.to(helpers.DEVICE), precision="fp8", impl=impl)
+        assert scale[0, 0].isnan().nonzero().flatten().tolist() == [3] and not codes[0, 3].float().any()
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -144,8 +160,9 @@ def _wrong(**change):
         {"k": lambda a: a["k"].flip(1)},
         {"mean_start": lambda a: 0},
         {"mean_stop": lambda a: a["q"].shape[1]},
+        {"precision": lambda a: "fp8"},
     ],
-    ids=["k off by 2 %", "head order", "token order", "mean from the start", "mean to the end"],
+    ids=["k off by 2 %", "head order", "token order", "mean from the start", "mean to the end", "precision"],
 )
 def test_the_samples_see_a_wrong_kernel(change):
     with pytest.raises(Mismatch):
@@ -180,6 +197,7 @@ def test_codes_off_by_one_are_for_ties_alone():
         ({"mean_range": (0, 9)}, ValueError, r"`mean_range` must be \(start, stop\) within 0 and 8"),
         ({"mean_range": (5, 2)}, ValueError, "`mean_range` must be"),
         ({"q": torch.zeros(1, 8, 2, 16, requires_grad=True)}, UnsupportedError, "`q` requires grad"),
+        ({"precision": "e5m2"}, ValueError, "`precision` must be 'int8' or 'fp8'; got 'e5m2'"),
         ({"impl": "fast"}, ValueError, "`impl` must be one of"),
         ({"impl": "sdpa"}, UnsupportedError, "no implementation 'sdpa'"),
     ],

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor, nn
 
 from ...attention_choice import LayerAttention
-from ...ops.int8_attention import int8_attention
+from ...ops.int8_attention import fp8_attention, int8_attention
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.qk_norm_rope_int8 import qk_norm_rope_int8
 from ...ops.qk_norm_rope_means import qk_norm_rope_means
@@ -196,18 +196,18 @@ def _by_prologue(
     assert grid is not None
     if torch.is_grad_enabled() and any(_trains(norm) for norm in (attn.norm_q, attn.norm_k)):
         return None
-    prologue: Any = qk_norm_rope_int8
     if layer.tiled:
-        prologue = functools.partial(qk_norm_rope_means, grid=grid, tile=layer.tile)
+        prologue: Any = functools.partial(qk_norm_rope_means, grid=grid, tile=layer.tile)
+    else:
+        prologue = functools.partial(qk_norm_rope_int8, precision=layer.precision)
     joint = functools.partial(_through_key_norm, attn.norm_k, key, rotary_emb, attn.heads, prologue)
     if layer.tiled:
         q, k, q_mean, k_mean = attn.norm_q(query, joint)
         return _ours(layer, q, k, value, grid, settings.impl, q_mean=q_mean, k_mean=k_mean).flatten(2, 3)
     q8, k8, q_scale, k_scale, _ = attn.norm_q(query, joint)
     window, stride = layer.window_on(grid)
-    out: Any = int8_attention(
-        q8, k8, value, q_scale, k_scale, grid=grid, window=window, stride=stride, impl=settings.impl
-    )
+    attend = int8_attention if layer.precision == "int8" else fp8_attention
+    out: Any = attend(q8, k8, value, q_scale, k_scale, grid=grid, window=window, stride=stride, impl=settings.impl)
     attended: Tensor = out.flatten(2, 3)
     return attended
 
