@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fakes
+
 NAMESPACE = "pyvideo"
 
 
@@ -70,115 +72,6 @@ def _impls(name: str, *kinds: str, home: str | None = None) -> dict[str, str]:
     return {kind: places[kind] for kind in ("reference", *kinds)}
 
 
-# Fakes. They allocate with new_empty(shape): empty_like would copy permuted strides. ----------------------------
-
-
-def _like_first(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _like_first_twice(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _qk_norm_rope(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _nothing(*_: Any) -> None:
-    return None
-
-
-def _patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor | None, patch: Sequence[int], impl: str) -> Tensor:
-    b, _, t, h, w = video.shape
-    return video.new_empty((b, (t // patch[0]) * (h // patch[1]) * (w // patch[2]), weight.shape[0]))
-
-
-def _final_layer(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Any,
-    grid: Any,
-    patch: Any,
-    eps: float,
-    impl: str,
-) -> Tensor:
-    channels = weight.shape[0] // (patch[0] * patch[1] * patch[2])
-    return x.new_empty((x.shape[0], channels, grid[0] * patch[0], grid[1] * patch[1], grid[2] * patch[2]))
-
-
-def _spacetime_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return_lse = rest[-3]
-    b, s, heads, _ = q.shape
-    lse_shape = (b, heads, s) if return_lse else (0,)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((b, s, heads, v.shape[-1])), q.new_empty(lse_shape, dtype=lse_dtype)
-
-
-def _boxes(grid: Sequence[int], tile: Sequence[int]) -> int:
-    counts = [(n + side - 1) // side for n, side in zip(grid, tile, strict=True)]
-    return counts[0] * counts[1] * counts[2]
-
-
-def _fp32_or_64(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _block_mean(x: Tensor, grid: Sequence[int], tile: Sequence[int], impl: str) -> Tensor:
-    b, _, heads, d = x.shape
-    return x.new_empty((b, heads, _boxes(grid, tile), d), dtype=_fp32_or_64(x))
-
-
-def _qk_norm_rope_means(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, grid, tile, _, impl = rest
-    means = (_block_mean(x, grid, tile, impl) for x in (q, k))
-    return (*_qk_norm_rope(q, k), *means)  # type: ignore[return-value]
-
-
-def _block_sparse_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return_lse = rest[-2]
-    b, s, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, heads, s) if return_lse else (0,), dtype=_fp32_or_64(q))
-
-
-def _quantize_qk(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.int8 if rest[-2] == "int8" else torch.float8_e4m3fn
-    codes = (x.new_empty(x.shape, dtype=dtype) for x in (q, k))
-    floats = (x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=_fp32_or_64(q)) for x in (q, k, q))
-    return *codes, *floats  # type: ignore[return-value]
-
-
-def _int8_attention(q8: Tensor, k8: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return_lse = rest[-2]
-    b, s, heads, head_dim = q8.shape
-    lse = v.new_empty((b, heads, s) if return_lse else (0,), dtype=_fp32_or_64(v))
-    return v.new_empty((b, s, heads, head_dim)), lse
-
-
-def _causal_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any,
-    cache: Any,
-    stride: Sequence[int],
-    pad_mode: str,
-    residual: Any,
-    impl: str,
-) -> Tensor:
-    b, t, h, w, _ = x.shape
-    o, _, _kt, kh, kw = weight.shape
-    # Padding is kt-1 frames of past and k//2 pixels a side, so the output has ceil(n / stride) for odd k.
-    t, h, w = ((t - 1) // stride[0] + 1, (h + 2 * (kh // 2) - kh) // stride[1] + 1,
-               (w + 2 * (kw // 2) - kw) // stride[2] + 1)  # fmt: skip
-    return x.new_empty((b, t, h, w, o))
-
-
-def _unipc_step(sample: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return sample.new_empty(sample.shape), sample.new_empty(sample.shape), sample.new_empty(sample.shape)
-
-
 _CODES_ATTENTION = (
     "(Tensor q8, Tensor k8, Tensor v, Tensor q_scale, Tensor k_scale, Tensor? lse_shift, SymInt[] grid, "
     "int[]? window, int[] stride, bool causal_time, SymInt text_len, str text_side, Tensor? kv_lens, float scale, "
@@ -193,14 +86,14 @@ _ROWS: tuple[Op, ...] = (
     Op(
         "layer_norm_modulate",
         "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, str impl) -> Tensor",
-        _like_first,
+        fakes.like_first,
         _impls("layer_norm_modulate", "triton", "cpu"),
         differentiable=("x", "scale", "shift", "weight", "bias"),
     ),
     Op(
         "gate_residual",
         "(Tensor x, Tensor y, Tensor? gate, str impl) -> Tensor",
-        _like_first,
+        fakes.like_first,
         _impls("gate_residual", "triton", "cpu"),
         differentiable=("x", "y", "gate"),
     ),
@@ -208,21 +101,21 @@ _ROWS: tuple[Op, ...] = (
         "gate_residual_norm_modulate",
         "(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, "
         "str impl) -> (Tensor, Tensor)",
-        _like_first_twice,
+        fakes.like_first_twice,
         _impls("gate_residual_norm_modulate", "triton", "cpu"),
         differentiable=("x", "y", "gate", "scale", "shift", "weight", "bias"),
     ),
     Op(
         "rms_norm",
         "(Tensor x, Tensor? weight, float eps, str impl) -> Tensor",
-        _like_first,
+        fakes.like_first,
         _impls("rms_norm", "triton", "cpu"),
         differentiable=("x", "weight"),
     ),
     Op(
         "qk_norm_rope",
         f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
-        _qk_norm_rope,
+        fakes.qk_norm_rope,
         _impls("qk_norm_rope", "triton", "cpu"),
         differentiable=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
         heads="q",
@@ -230,7 +123,7 @@ _ROWS: tuple[Op, ...] = (
     Op(
         "qk_norm_rope_",
         f"(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
-        _nothing,
+        fakes.nothing,
         _impls("qk_norm_rope_", "triton", "cpu", home="qk_norm_rope"),
         heads="q",
     ),
@@ -238,7 +131,7 @@ _ROWS: tuple[Op, ...] = (
         "qk_norm_rope_int8",
         f"(Tensor q, Tensor k, {_ROPE.replace('str impl', 'str precision, str impl')}) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _quantize_qk,
+        fakes.quantize_qk,
         _impls("qk_norm_rope_int8", "triton"),
         heads="q",
     ),
@@ -247,14 +140,14 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, "
         "Tensor? sin, str norm, str norm_type, str layout, SymInt[] grid, int[] tile, float eps, str impl) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
-        _qk_norm_rope_means,
+        fakes.qk_norm_rope_means,
         _impls("qk_norm_rope_means", "triton"),
         heads="q",
     ),
     Op(
         "patch_embed3d",
         "(Tensor video, Tensor weight, Tensor? bias, int[] patch, str impl) -> Tensor",
-        _patch_embed3d,
+        fakes.patch_embed3d,
         {**_impls("patch_embed3d", "triton"), "cpu": "pyvideo_kernels.ops.patch_embed3d:patch_embed3d_cpu"},
         differentiable=("video", "weight", "bias"),
     ),
@@ -262,7 +155,7 @@ _ROWS: tuple[Op, ...] = (
         "final_layer",
         "(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, SymInt[] grid, int[] patch, float eps, "
         "str impl) -> Tensor",
-        _final_layer,
+        fakes.final_layer,
         {**_impls("final_layer", "triton"), "cpu": "pyvideo_kernels.ops.final_layer:final_layer_cpu"},
         differentiable=("x", "scale", "shift", "weight", "bias"),
     ),
@@ -271,7 +164,7 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor q, Tensor k, Tensor v, SymInt[] grid, int[]? window, int[] stride, bool causal_time, "
         "SymInt text_len, str text_side, Tensor? kv_lens, float scale, bool return_lse, str precision, str impl) "
         "-> (Tensor, Tensor)",
-        _spacetime_attention,
+        fakes.spacetime_attention,
         {
             **_impls("spacetime_attention", "triton", "sdpa"),
             "flash": "pyvideo_kernels.ops.flash_attention:spacetime_attention_flash",
@@ -287,21 +180,21 @@ _ROWS: tuple[Op, ...] = (
         "quantize_qk",
         "(Tensor q, Tensor k, SymInt mean_start, SymInt mean_stop, str precision, str impl) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _quantize_qk,
+        fakes.quantize_qk,
         _impls("quantize_qk", "triton"),
         heads="q",
     ),
     Op(
         "int8_attention",
         _CODES_ATTENTION,
-        _int8_attention,
+        fakes.int8_attention,
         _impls("int8_attention", "triton"),
         heads="v",
     ),
     Op(
         "fp8_attention",
         _CODES_ATTENTION,
-        _int8_attention,
+        fakes.int8_attention,
         _impls("fp8_attention", "triton"),
         # A card without such products is told so, not given the oracle.
         auto={"cuda": ("triton",)},
@@ -310,7 +203,7 @@ _ROWS: tuple[Op, ...] = (
     Op(
         "block_mean",
         "(Tensor x, SymInt[] grid, int[] tile, str impl) -> Tensor",
-        _block_mean,
+        fakes.block_mean,
         _impls("block_mean", "triton"),
         heads="x",
     ),
@@ -319,21 +212,21 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor block_counts, SymInt[] grid, int[] tile, "
         "Tensor? kv_block_lens, Tensor? coarse, Tensor? gate, float scale, bool return_lse, str impl) "
         "-> (Tensor, Tensor)",
-        _block_sparse_attention,
+        fakes.block_sparse_attention,
         _impls("block_sparse_attention", "triton"),
         heads="q",
     ),
     Op(
         "rms_norm_silu",
         "(Tensor x, Tensor weight, float eps, bool silu, str impl) -> Tensor",
-        _like_first,
+        fakes.like_first,
         _impls("rms_norm_silu", "triton", "cpu"),
     ),
     Op(
         "causal_conv3d",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int[] stride, str pad_mode, Tensor? residual, "
         "str impl) -> Tensor",
-        _causal_conv3d,
+        fakes.causal_conv3d,
         # On the CPU the library's convolution is the kernel, called past torch's own choice of algorithm.
         {**_impls("causal_conv3d", "triton"), "cpu": "pyvideo_kernels.ops.causal_conv3d:causal_conv3d_cpu"},
     ),
@@ -341,14 +234,14 @@ _ROWS: tuple[Op, ...] = (
         "guidance_step",
         "(Tensor latent, Tensor cond, Tensor? uncond, float guidance_scale, float sigma, float sigma_next, "
         "str impl) -> Tensor",
-        _like_first,
+        fakes.like_first,
         _impls("guidance_step", "triton", "cpu", "cuda"),
     ),
     Op(
         "unipc_step",
         "(Tensor sample, Tensor cond, Tensor? uncond, Tensor? last_sample, Tensor[] history, float guidance_scale, "
         "float sigma, float[] corrector, float[] predictor, str impl) -> (Tensor, Tensor, Tensor)",
-        _unipc_step,
+        fakes.unipc_step,
         _impls("unipc_step", "triton", "cpu"),
     ),
 )
