@@ -1,0 +1,1 @@
+"""The benchmark of each op, by what it belongs to."""
