@@ -37,6 +37,8 @@ _EXPORTS = {
     "block_sparse_attention": "pyvideo_kernels.ops.block_sparse_attention",
     "video_sparse_attention": "pyvideo_kernels.ops.video_sparse_attention",
     "rms_norm_silu": "pyvideo_kernels.ops.rms_norm_silu",
+    "group_norm_silu": "pyvideo_kernels.ops.group_norm_silu",
+    "pixel_norm_silu": "pyvideo_kernels.ops.pixel_norm_silu",
     "causal_conv3d": "pyvideo_kernels.ops.causal_conv3d",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
     "unipc_step": "pyvideo_kernels.ops.unipc_step",
@@ -61,11 +63,13 @@ if TYPE_CHECKING:
     from .ops.final_layer import final_layer as final_layer
     from .ops.gate_residual import gate_residual as gate_residual
     from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate as gate_residual_norm_modulate
+    from .ops.group_norm_silu import group_norm_silu as group_norm_silu
     from .ops.guidance_step import guidance_step as guidance_step
     from .ops.int8_attention import fp8_attention as fp8_attention
     from .ops.int8_attention import int8_attention as int8_attention
     from .ops.layer_norm_modulate import layer_norm_modulate as layer_norm_modulate
     from .ops.patch_embed3d import patch_embed3d as patch_embed3d
+    from .ops.pixel_norm_silu import pixel_norm_silu as pixel_norm_silu
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .ops.qk_norm_rope import qk_norm_rope_ as qk_norm_rope_
     from .ops.qk_norm_rope_int8 import qk_norm_rope_int8 as qk_norm_rope_int8

@@ -223,6 +223,19 @@ _ROWS: tuple[Op, ...] = (
         _impls("rms_norm_silu", "triton", "cpu"),
     ),
     Op(
+        "group_norm_silu",
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu, "
+        "bool per_frame, str impl) -> Tensor",
+        fakes.like_first,
+        _impls("group_norm_silu"),
+    ),
+    Op(
+        "pixel_norm_silu",
+        "(Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, float eps, bool silu, str impl) -> Tensor",
+        fakes.like_first,
+        _impls("pixel_norm_silu"),
+    ),
+    Op(
         "causal_conv3d",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int[] stride, str pad_mode, Tensor? residual, "
         "str impl) -> Tensor",
