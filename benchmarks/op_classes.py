@@ -38,6 +38,7 @@ PYVIDEO_KINDS = {
     "qk_norm_rope_int8": "pointwise",
     "qk_norm_rope_means": "pointwise",
     "quantize_qk": "pointwise",
+    "blend_tile_": "pointwise",
     "final_layer": "pointwise",
     "guidance_step": "pointwise",
     "unipc_step": "pointwise",

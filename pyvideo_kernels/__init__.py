@@ -40,6 +40,9 @@ _EXPORTS = {
     "group_norm_silu": "pyvideo_kernels.ops.group_norm_silu",
     "pixel_norm_silu": "pyvideo_kernels.ops.pixel_norm_silu",
     "causal_conv3d": "pyvideo_kernels.ops.causal_conv3d",
+    "blend_tile_": "pyvideo_kernels.ops.blend_tile_",
+    "upsample_conv2d": "pyvideo_kernels.ops.upsample_conv2d",
+    "pack_upsample_weight": "pyvideo_kernels.ops.upsample_conv2d",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
     "unipc_step": "pyvideo_kernels.ops.unipc_step",
     "solver_for": "pyvideo_kernels.schedule",
@@ -47,6 +50,7 @@ _EXPORTS = {
     "restore": "pyvideo_kernels.integrations",
     "warmup": "pyvideo_kernels.integrations",
     "Report": "pyvideo_kernels.integrations",
+    "StreamingVaeDecoder": "pyvideo_kernels.nn",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -56,7 +60,9 @@ if TYPE_CHECKING:
     from .integrations import accelerate as accelerate
     from .integrations import restore as restore
     from .integrations import warmup as warmup
+    from .nn import StreamingVaeDecoder as StreamingVaeDecoder
     from .ops.attention_cost import spacetime_attention_cost as spacetime_attention_cost
+    from .ops.blend_tile_ import blend_tile_ as blend_tile_
     from .ops.block_mean import block_mean as block_mean
     from .ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
     from .ops.causal_conv3d import causal_conv3d as causal_conv3d
@@ -80,6 +86,8 @@ if TYPE_CHECKING:
     from .ops.spacetime_attention import merge_attention as merge_attention
     from .ops.spacetime_attention import spacetime_attention as spacetime_attention
     from .ops.unipc_step import unipc_step as unipc_step
+    from .ops.upsample_conv2d import pack_upsample_weight as pack_upsample_weight
+    from .ops.upsample_conv2d import upsample_conv2d as upsample_conv2d
     from .ops.video_sparse_attention import video_sparse_attention as video_sparse_attention
     from .schedule import solver_for as solver_for
 

@@ -237,11 +237,27 @@ _ROWS: tuple[Op, ...] = (
     ),
     Op(
         "causal_conv3d",
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int[] stride, str pad_mode, Tensor? residual, "
-        "str impl) -> Tensor",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int[] stride, str pad_mode, int pad_end, "
+        "Tensor? residual, str? epilogue, int[] factor, Tensor? norm_weight, float norm_eps, bool keep, str impl) "
+        "-> (Tensor, Tensor)",
         fakes.causal_conv3d,
         # On the CPU the library's convolution is the kernel, called past torch's own choice of algorithm.
-        {**_impls("causal_conv3d", "triton"), "cpu": "pyvideo_kernels.ops.causal_conv3d:causal_conv3d_cpu"},
+        {**_impls("causal_conv3d", "triton"), "cpu": "pyvideo_kernels.ops.causal_conv3d_library:causal_conv3d_cpu"},
+    ),
+    Op(
+        "blend_tile_",
+        "(Tensor(a!) out, Tensor(b!)? below, Tensor(c!)? right, Tensor tile, Tensor? above, Tensor? left, int grain, "
+        "bool clamp, str impl) -> ()",
+        fakes.nothing,
+        {**_impls("blend_tile_", "triton"), "cpu": "pyvideo_kernels.ops.blend_tile_:blend_tile_cpu"},
+    ),
+    Op(
+        "upsample_conv2d",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int time_factor, Tensor? cache, bool first, "
+        "str pad_mode, Tensor? residual, str impl) -> Tensor",
+        fakes.upsample_conv2d,
+        # On the CPU the library's transposed convolution is the kernel.
+        {**_impls("upsample_conv2d"), "cpu": "pyvideo_kernels.ops.upsample_conv2d:upsample_conv2d_cpu"},
     ),
     Op(
         "guidance_step",

@@ -19,6 +19,7 @@ where the oracle has a function ``summed`` (``summed_backward`` for the gradient
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -150,10 +151,14 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def _out_of_place(op: Op) -> Op | None:
-    """The op that returns what ``op`` writes over its arguments; None if ``op`` itself returns."""
+    """What returns what ``op`` writes over its arguments: an op, or a function of its oracle; None if ``op`` returns."""
     from ..schemas import OPS
 
-    return OPS[op.name[:-1]] if op.name.endswith("_") else None
+    if not op.name.endswith("_"):
+        return None
+    name = op.name[:-1]
+    oracle = op.impls["reference"].partition(":")[0]
+    return OPS.get(name) or dataclasses.replace(op, name=name, impls={"reference": f"{oracle}:{name}"})
 
 
 def product_modes(op: Op, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -237,8 +242,9 @@ def check_call(
     for position, (out, ref64, low) in enumerate(zip(got, outputs, eager, strict=True)):
         if isinstance(ref64, Tensor):
             assert_close(out.to(ref64.device), ref64, low, f"{label} output {position}", summed=sums.get(position))
-    for index, (name, copy) in enumerate(surrounded):
-        if damage := copy.damage(written=twin is not None and index < len(outputs)):
+    written = () if twin is None else op.arguments[: len(outputs)]
+    for name, copy in surrounded:
+        if damage := copy.damage(written=name in written):
             raise Mismatch(f"{label}: the kernel wrote over `{name}`: {damage}")
 
 
