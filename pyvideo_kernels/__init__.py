@@ -43,6 +43,8 @@ _EXPORTS = {
     "blend_tile_": "pyvideo_kernels.ops.blend_tile_",
     "upsample_conv2d": "pyvideo_kernels.ops.upsample_conv2d",
     "pack_upsample_weight": "pyvideo_kernels.ops.upsample_conv2d",
+    "vae_attention": "pyvideo_kernels.ops.vae_attention",
+    "decode_head": "pyvideo_kernels.ops.decode_head",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
     "unipc_step": "pyvideo_kernels.ops.unipc_step",
     "solver_for": "pyvideo_kernels.schedule",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from .ops.block_mean import block_mean as block_mean
     from .ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
     from .ops.causal_conv3d import causal_conv3d as causal_conv3d
+    from .ops.decode_head import decode_head as decode_head
     from .ops.final_layer import final_layer as final_layer
     from .ops.gate_residual import gate_residual as gate_residual
     from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate as gate_residual_norm_modulate
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
     from .ops.unipc_step import unipc_step as unipc_step
     from .ops.upsample_conv2d import pack_upsample_weight as pack_upsample_weight
     from .ops.upsample_conv2d import upsample_conv2d as upsample_conv2d
+    from .ops.vae_attention import vae_attention as vae_attention
     from .ops.video_sparse_attention import video_sparse_attention as video_sparse_attention
     from .schedule import solver_for as solver_for
 

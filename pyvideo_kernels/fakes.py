@@ -103,15 +103,41 @@ def causal_conv3d(
     cache: Any,
     stride: Sequence[int],
     pad_mode: str,
+    pad_end: int,
+    residual: Any,
+    epilogue: str | None,
+    factor: Sequence[int],
+    norm_weight: Any,
+    norm_eps: float,
+    keep: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    b, t, h, w, _ = x.shape
+    o, _, _kt, kh, kw = weight.shape
+    # Padding is kt-1 frames of past and k//2 pixels a side, so the output has ceil(n / stride) for odd k.
+    t, h, w = ((t + pad_end - 1) // stride[0] + 1, (h + 2 * (kh // 2) - kh) // stride[1] + 1,
+               (w + 2 * (kw // 2) - kw) // stride[2] + 1)  # fmt: skip
+    ft, fh, fw = (2, 1, 1) if epilogue == "interleave" else factor
+    shape = (b, t * ft, h * fh, w * fw, o // (ft * fh * fw))
+    normed = epilogue == "rms_norm_silu"
+    return x.new_empty(shape if keep or not normed else (0,)), x.new_empty(shape if normed else (0,))
+
+
+def upsample_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    packed: Any,
+    time_factor: int,
+    cache: Any,
+    first: bool,
+    pad_mode: str,
     residual: Any,
     impl: str,
 ) -> Tensor:
     b, t, h, w, _ = x.shape
-    o, _, _kt, kh, kw = weight.shape
-    # Padding is kt-1 frames of past and k//2 pixels a side, so the output has ceil(n / stride) for odd k.
-    t, h, w = ((t - 1) // stride[0] + 1, (h + 2 * (kh // 2) - kh) // stride[1] + 1,
-               (w + 2 * (kw // 2) - kw) // stride[2] + 1)  # fmt: skip
-    return x.new_empty((b, t, h, w, o))
+    frames = t if time_factor == 1 else 2 * t - (1 if first else 0)
+    return x.new_empty((b, frames, 2 * h, 2 * w, weight.shape[0]))
 
 
 def unipc_step(sample: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -260,6 +260,25 @@ _ROWS: tuple[Op, ...] = (
         {**_impls("upsample_conv2d"), "cpu": "pyvideo_kernels.ops.upsample_conv2d:upsample_conv2d_cpu"},
     ),
     Op(
+        "vae_attention",
+        "(Tensor q, Tensor k, Tensor v, bool causal, float scale, str impl) -> Tensor",
+        fakes.like_first,
+        _impls("vae_attention", "triton", "sdpa"),
+        # A head this wide is no library's fast path, but PyTorch's memory-efficient kernel serves it; ours is next
+        # until it has been timed beside that on a card.
+        auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+    ),
+    Op(
+        "decode_head_",
+        "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, Tensor? cache, str pad_mode, SymInt pad_end, "
+        "int[] patch, bool clamp, str impl) -> ()",
+        fakes.nothing,
+        {
+            **_impls("decode_head_", "triton", home="decode_head"),
+            "cpu": "pyvideo_kernels.ops.decode_head:decode_head_cpu",
+        },
+    ),
+    Op(
         "guidance_step",
         "(Tensor latent, Tensor cond, Tensor? uncond, float guidance_scale, float sigma, float sigma_next, "
         "str impl) -> Tensor",

@@ -1,0 +1,228 @@
+"""Nearest 2× and a 3×3 convolution of channels-last video, as 2×2-tap convolutions of the small image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import schemas as schemas  # registers torch.ops.pyvideo
+from ..errors import (
+    DTypeError,
+    UnsupportedError,
+    bad_option,
+    bad_shape,
+    check_last_dim_contiguous,
+    check_same_device,
+    check_tensor,
+    describe,
+    refuse_grad,
+)
+from ..reference.upsample_conv2d import output_shape, past_frames, with_past
+from ._checks import check_vector
+
+PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
+
+
+def packed_shape(weight: Tensor, time_factor: int) -> tuple[int, int, int, int]:
+    """``[phases, O, taps, C]`` of `pack_upsample_weight`."""
+    o, c = weight.shape[:2]
+    kt = weight.shape[2] if weight.dim() == 5 else 1
+    return (4, o, 4 * kt, c) if time_factor == 1 or kt == 1 else (8, o, 8, c)
+
+
+def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
+    """The taps of each phase, as the kernels read them.
+
+    A pixel of the doubled image is one of four (times two in time) neighbours made from the same small pixel. Which of
+    them it is, its phase, decides which of the original taps fall on one small pixel: their weights are summed, in
+    fp32 at least, and rounded once to the dtype of ``weight``.
+
+    Args:
+        weight: ``[O, C, 3, 3]`` or ``[O, C, kt, 3, 3]`` with kt 1 or 3.
+        time_factor: that of the call.
+    Returns:
+        ``[phases, O, taps, C]``, contiguous. Phase ``(s * 2 + p) * 2 + q`` makes pixels (2h + p, 2w + q) of frame
+        2t + s; tap ``(i * 2 + a) * 2 + b`` reads pixel (h + a - 1 + p, w + b - 1 + q), i from the oldest frame on.
+    """
+    wide = weight if weight.dim() == 5 else weight.unsqueeze(2)
+    # Sums in float64 are exact for 16-bit weights, and the order of the taps plays no part for any.
+    wide = wide.double().permute(0, 2, 3, 4, 1)
+    if time_factor == 2 and wide.shape[1] == 3:
+        wide = torch.stack([_pairs(wide, 1, 1), _pairs(wide, 1, 0)])
+    else:
+        wide = wide.unsqueeze(0)
+    rows = torch.stack([_pairs(wide, 3, p) for p in (0, 1)], 1)
+    taps = torch.stack([_pairs(rows, 5, q) for q in (0, 1)], 2)
+    s, _, _, o, kt, _, _, c = taps.shape
+    return taps.reshape(s * 4, o, kt * 4, c).to(weight.dtype).contiguous()
+
+
+def _pairs(x: Tensor, dim: int, phase: int) -> Tensor:
+    """Three taps along ``dim`` as the two small pixels they fall on: {0}, {1, 2} in phase 0 and {0, 1}, {2} in 1."""
+    head, tail = x.split((1 + phase, 2 - phase), dim)
+    return torch.cat([head.sum(dim, keepdim=True), tail.sum(dim, keepdim=True)], dim)
+
+
+def upsample_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
+    time_factor: int = 1,
+    cache: Tensor | None = None,
+    first: bool | None = None,
+    pad_mode: str = "zeros",
+    residual: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolution of the image (or clip) with every pixel repeated 2×2, without making that image.
+
+        U[b, t, y, x, c] = x[b, t, y // 2, x // 2, c]                       (and t // 2, or (t + 1) // 2: time_factor)
+        y[b, t, y, x, o] = bias[o] + residual[b, t, y, x, o]
+                         + Σ weight[o, c, i, j, k] * U[b, t + i - (kt-1), y + j - 1, x + k - 1, c]
+
+    Args:
+        x: ``[B, T, H, W, C]``, bf16/fp16/fp32 (fp64 by the reference), last dim contiguous, any other strides.
+        weight: ``[O, C, 3, 3]`` (each frame by itself) or ``[O, C, kt, 3, 3]`` with kt 1 or 3 (causal), dtype of ``x``.
+        bias: ``[O]`` or None.
+        packed: ``pack_upsample_weight(weight, time_factor)``, made once by a caller that keeps ``weight``; None: made
+            on each call. It is not compared with ``weight``.
+        time_factor: 2 repeats frames too: every frame twice, but the first frame of a clip once. With a weight that
+            does not look back the convolution runs once for both.
+        cache: ``[B, n, H, W, C]``, dtype of ``x``: the n small frames just before ``x``, n ≤ 2, or ≤ 1 for
+            ``time_factor`` 2; none for a weight that does not look back.
+        first: whether ``x`` starts the clip, for ``time_factor`` 2; None: it does if no ``cache`` is given.
+        pad_mode: what lies outside the clip. ``zeros``: zeros before the first frame and around (not for
+            ``time_factor`` 2 with kt 3). ``first_frame``: the first frame repeated, zeros around. ``replicate``: the
+            first frame and the edge pixels repeated; ``reflect`` is the same, for a doubled image.
+        residual: shape of the result, fp32 or the dtype of ``x``; added in fp32 before the one rounding.
+        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
+    Returns:
+        ``[B, T', 2H, 2W, O]``, contiguous, dtype of ``x``; T' = T, or 2T - 1 (``first``) or 2T for ``time_factor`` 2.
+    Raises:
+        ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
+        UnsupportedError: an input requires grad (no backward), or this implementation cannot be had here; names the
+            remedy.
+    Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic T, H, W.
+    Numerics: error ≤ 2 × eager's own against float64; fp32 on CUDA uses TF32 where cuDNN is allowed to.
+        Deterministic: yes.
+    Source: Shi et al., "Is the deconvolution layer the same as a convolutional layer?", arXiv:1609.07009.
+    """
+    op = "upsample_conv2d"
+    check_tensor(op, "x", x, ndim=5)
+    check_tensor(op, "weight", weight, ndim=(4, 5))
+    b, _, h, w, c = x.shape
+    o, kt = weight.shape[0], weight.shape[2] if weight.dim() == 5 else 1
+    if weight.shape[1] != c or tuple(weight.shape[-2:]) != (3, 3) or kt not in (1, 3):
+        bad_shape(op, "weight", f"[O, {c}, 3, 3] or [O, {c}, kt, 3, 3], kt 1 or 3, for `x` {list(x.shape)}", weight)
+    if weight.dtype != x.dtype:
+        raise DTypeError(f"{op}: `weight` must be {x.dtype} like `x`; got {describe(weight)}")
+    check_vector(op, o, bias=bias)
+    if isinstance(time_factor, bool) or time_factor not in (1, 2):
+        bad_option(op, "time_factor", "1 or 2", time_factor)
+    if pad_mode not in PAD_MODES:
+        bad_option(op, "pad_mode", f"one of {', '.join(PAD_MODES)}", pad_mode)
+    if time_factor == 2 and kt == 3 and pad_mode == "zeros":
+        # A single first frame behind a zero one would need taps of its own; no model pads so.
+        bad_option(op, "pad_mode", "'first_frame', 'replicate' or 'reflect' for time_factor 2 with kt 3", pad_mode)
+    if first is None:
+        first = cache is None
+    if packed is not None:
+        check_tensor(op, "packed", packed, ndim=4)
+        expected = packed_shape(weight, time_factor)
+        if packed.shape != expected or not packed.is_contiguous():
+            bad_shape(op, "packed", f"{list(expected)}, contiguous (see pack_upsample_weight)", packed)
+        if packed.dtype != x.dtype:
+            raise DTypeError(f"{op}: `packed` must be {x.dtype} like `x`; got {describe(packed)}")
+    if cache is not None:
+        check_tensor(op, "cache", cache, ndim=5)
+        n, most = cache.shape[1], past_frames(weight, time_factor)
+        if cache.shape != (b, n, h, w, c) or n > most:
+            bad_shape(op, "cache", f"[{b}, n, {h}, {w}, {c}] with n <= {most}", cache)
+        if cache.dtype != x.dtype:
+            raise DTypeError(f"{op}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
+        if n and first and time_factor == 2:
+            bad_option(op, "first", "False where a `cache` holds frames before `x`", first)
+    if residual is not None:
+        check_tensor(op, "residual", residual, ndim=5)
+        shape = output_shape(x, weight, time_factor, first)
+        if residual.shape != shape:
+            bad_shape(op, "residual", str(list(shape)), residual)
+    check_last_dim_contiguous(op, x=x, cache=cache, residual=residual)
+    given = {"weight": weight, "bias": bias, "packed": packed, "cache": cache, "residual": residual}
+    check_same_device(op, x=x, **given)
+    refuse_grad(op, x=x, **given)
+    return torch.ops.pyvideo.upsample_conv2d(
+        x, weight, bias, packed, time_factor, cache, first, pad_mode, residual, impl
+    )
+
+
+def _transposed(packed: Tensor) -> Tensor:
+    """Packed taps as the weight ``[C, O, kt', 4, 4]`` of the transposed convolution that they are.
+
+    A small pixel h adds tap k of four to pixel 2h + k - 1: phase p and tap a meet in k = 3 - p - 2a. In time a frame t
+    adds tap k to frame 2t + k, s and i meeting in k = s + 2 (1 - i); undoubled, the oldest tap comes last.
+    """
+    phases, o, _, c = packed.shape
+    taps = packed.view(phases // 4, 2, 2, o, -1, 2, 2, c).flip(1, 2, 4, 5, 6)
+    return taps.permute(7, 3, 4, 0, 5, 1, 6, 2).reshape(c, o, -1, 4, 4)
+
+
+def upsample_conv2d_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    time_factor: int,
+    cache: Tensor | None,
+    first: bool,
+    pad_mode: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """``impl="cpu"``: oneDNN's transposed convolution, which is what the phases are together.
+
+    It writes every pixel of the large image once, where it belongs; the large input is never made.
+    """
+    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
+        raise UnsupportedError(f"upsample_conv2d: oneDNN does not take {x.dtype} here; use impl='reference'")
+    shape = output_shape(x, weight, time_factor, first)
+    if x.numel() == 0:
+        return x.new_zeros(shape)
+    kt = weight.shape[2] if weight.dim() == 5 else 1
+    if packed is None:
+        packed = pack_upsample_weight(weight, time_factor)
+    past = past_frames(weight, time_factor)
+    if past and x.shape[1] == 1 and (cache is None or cache.shape[1] == 0):
+        # An image: all frames that are read are itself, or zeros. One product of the summed taps is enough.
+        taps = packed[-4:].unflatten(2, (-1, 4))
+        packed = taps[:, :, -1] if pad_mode == "zeros" else taps.sum(2, dtype=torch.float32).to(taps.dtype)
+        kt, past = 1, 0
+    kernel = _transposed(packed)
+    frames = with_past(x, cache, past, pad_mode) if past else x
+    edge = 1
+    if pad_mode in ("replicate", "reflect"):
+        frames, edge = _repeat_edges(frames), 3
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if kt == 1:
+        b, t = frames.shape[:2]
+        images = frames.flatten(0, 1).permute(0, 3, 1, 2)
+        y = torch.conv_transpose2d(images, kernel[:, :, 0], bias, 2, edge).permute(0, 2, 3, 1).unflatten(0, (b, t))
+        if shape[1] != t:
+            twice = torch.arange(2 * t - shape[1], 2 * t, device=x.device) // 2
+            y = y.index_select(1, twice)
+    else:
+        # In time as in space: the ends, which see a frame too few, are cut off.
+        clip = frames.permute(0, 4, 1, 2, 3)
+        window = ((time_factor, 2, 2), (kt - 1, edge, edge))
+        y = torch.conv_transpose3d(clip, kernel, bias, *window).permute(0, 2, 3, 4, 1)
+        y = y[:, y.shape[1] - shape[1] :]
+    return y.contiguous() if residual is None else torch.add(y, residual.to(y.dtype), out=x.new_empty(shape))
+
+
+def _repeat_edges(x: Tensor) -> Tensor:
+    """One more pixel on every side, equal to the edge."""
+    x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+    return torch.cat([x[:, :, :, :1], x, x[:, :, :, -1:]], 3)
