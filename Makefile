@@ -68,7 +68,7 @@ film: $(INSTALLED)
 	@$(BIN)/pyvideo sample --output "$$OUTPUT" -- "$$PROMPT"
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

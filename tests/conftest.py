@@ -2,6 +2,10 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process a core: threads on top of that would only wait for each other. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Read by Triton when it is imported: must be set before any test imports a kernel. On a GPU it stays off.
 import torch
 
@@ -9,6 +13,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is installed
+def pytest_xdist_auto_num_workers(config):
+    """What ``-n auto`` means: a process a core; one where there is a GPU, whose memory and timing are not shared."""
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(autouse=True)
