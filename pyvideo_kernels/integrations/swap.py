@@ -19,7 +19,7 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,12 +60,12 @@ class Swap:
 
     ``ops`` run inside that forward; a module that only hands arguments to the modules that run them has a ``note``.
     ``methods`` stand in for other methods of the instance: ``method(module, ...)``, which may keep what it learns in
-    ``mark_of(module)``. ``attention`` is what an attention module runs.
+    ``mark_of(module)``; ``forward`` is None where they are all. ``attention`` is what an attention module runs.
     """
 
     path: str
     module: nn.Module
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None
     ops: tuple[str, ...]
     note: str = ""
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -201,8 +201,13 @@ def _is_stock(forward: Any, module: nn.Module) -> bool:
     )
 
 
-def obstacle(module: nn.Module) -> str | None:
-    """Why the forward of ``module`` cannot be replaced, or None. Our own earlier swap is no obstacle."""
+def obstacle(module: nn.Module, methods: Iterable[str] = ()) -> str | None:
+    """Why the forward of ``module`` (or these methods) cannot be replaced, or None. Our own earlier swap is none."""
+    mark = mark_of(module)
+    for name in methods:
+        present = module.__dict__.get(name) if mark is None else mark.methods.get(name)
+        if present is not None:
+            return f"its {name} is already replaced by {getattr(present, '__module__', '?')}"
     holder, attribute = innermost(module)
     forward = holder.__dict__.get(attribute)
     if forward is None or _is_stock(forward, module) or _is_ours(forward):
@@ -222,7 +227,8 @@ def install(swap: Swap, settings: Settings) -> None:
     holder, attribute = innermost(module)
     original = holder.__dict__.get(attribute)
     mark = module.__dict__[MARK] = Mark(settings, original)
-    holder.__dict__[attribute] = types.MethodType(_as_method(swap.forward), module)
+    if swap.forward is not None:
+        holder.__dict__[attribute] = types.MethodType(_as_method(swap.forward), module)
     for name, method in swap.methods.items():
         mark.methods[name] = module.__dict__.get(name)
         module.__dict__[name] = types.MethodType(method, module)

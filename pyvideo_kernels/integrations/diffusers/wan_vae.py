@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
     AvgDown3D,
     DupUp3D,
     WanAttentionBlock,
@@ -19,6 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import nn
 
+from .. import streams
 from ..swap import Left, Plan, Settings, Swap, obstacle
 from . import wan_vae_forwards as forwards
 
@@ -56,6 +58,7 @@ _FORWARDS: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...], tupl
 def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
     """What accelerate() does with an AutoencoderKLWan that is called ``path`` in its pipeline."""
     result = Plan()
+    _stream(result, model, path, settings)
     for inner, module in model.named_modules():
         place = ".".join(part for part in (path, inner) if part)
         kind = next((base for base in type(module).__mro__ if base in _FORWARDS), None)
@@ -70,13 +73,26 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
             result.left += [Left(place, op, reason) for op in wanted]
             continue
         result.swaps.append(Swap(place, module, forward, tuple(op for op in ops if op in settings.ops), note))
-    if result.swaps:
+    if any(swap.forward is not None for swap in result.swaps):
         root = f"{path}." if path else ""
         result.kept += [
             (f"{root}*.resample.1", "2-D convolutions stay module calls, on channels-last frames"),
             (f"{root}*.attentions.*", "the attention of a frame's pixels runs on the library's kernel"),
         ]
     return result
+
+
+def _stream(result: Plan, model: nn.Module, path: str, settings: Settings) -> None:
+    """Plan the methods of the VAE itself: it decodes as a stream."""
+    wanted = [op for op in (_NORM, _CONV) if op in settings.ops]
+    if not wanted:
+        return
+    methods = {"_decode": streams._decode}
+    reason = _unfit(model, AutoencoderKLWan) or obstacle(model, methods)
+    if reason is not None:
+        result.left += [Left(path, op, reason) for op in wanted]
+    else:
+        result.swaps.append(Swap(path, model, None, (), "decodes as a stream", methods))
 
 
 def _unfit(module: Any, kind: type[nn.Module]) -> str | None:
