@@ -20,7 +20,7 @@ from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs.causal_conv3d import ConvConfig, select
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.ops.causal_conv3d import pack_weight
-from pyvideo_kernels.reference.causal_conv3d import check_pad_mode, output_shape
+from pyvideo_kernels.reference.causal_conv3d import output_shape
 
 from .launch import cdiv, on_device
 
@@ -303,12 +303,19 @@ def causal_conv3d(
     cache: Tensor | None,
     stride: Sequence[int],
     pad_mode: str,
+    pad_end: int,
     residual: Tensor | None,
-) -> Tensor:
+    epilogue: str | None,
+    factor: Sequence[int],
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """``impl="triton"`` of the op."""
-    check_pad_mode(pad_mode)
     if x.dtype == torch.float64:
         raise UnsupportedError("causal_conv3d: impl 'triton' has no float64; use impl='reference'")
+    if pad_mode != "zeros" or pad_end or epilogue is not None:
+        raise UnsupportedError("causal_conv3d: impl 'triton' has neither this pad_mode nor epilogues yet")
     o, c, _, kh, kw = weight.shape
     _, sh, sw = stride
     if cache is not None and cache.shape[1] == 0:
@@ -322,4 +329,4 @@ def causal_conv3d(
     y = x.new_empty(output_shape(x, weight, stride))
     if y.numel():
         launch_fwd(x, packed, bias, cache, stride, residual, y, config)
-    return y
+    return y, x.new_empty((0,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import (
     DTypeError,
-    UnsupportedError,
     bad_option,
     bad_shape,
     check_last_dim_contiguous,
@@ -19,10 +19,8 @@ from ..errors import (
     describe,
     refuse_grad,
 )
-from ..reference.causal_conv3d import check_pad_mode, output_shape, with_past
+from ..reference.causal_conv3d import EPILOGUES, PAD_MODES, output_shape, shuffle_factor
 from ._checks import check_vector
-
-PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -30,10 +28,77 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     The GPU kernels read weights so and pack any other layout on each call (small beside the convolution). A caller
     that owns the weight can pack once; the result is used like the original. A weight that is packed already is
-    returned as it is.
+    returned as it is. The rows that ``interleave`` and ``pixel_shuffle`` send to one pixel are read where they lie.
     """
     # contiguous(channels_last_3d) would leave 1×1×1 kernels alone, whose strides are ambiguous, which is right.
     return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
+def next_cache(x: Tensor, cache: Tensor | None, frames: int) -> Tensor | None:
+    """The last ``frames`` frames of ``[cache, x]``: the ``cache`` of the next call, when ``x`` was this call's input.
+
+    No pass over memory where that can be: a view of an ``x`` that has up to twice the frames that are kept, or
+    ``cache`` itself where ``x`` has none. A view keeps all of ``x`` alive until the next call, so the frames of a
+    longer ``x`` are copied, and so are those that come from both.
+
+    Args:
+        x: ``[B, T, H, W, C]``.
+        cache: ``[B, n, H, W, C]`` or None, as it was passed with ``x``.
+        frames: kt - 1 of the convolution.
+    Returns:
+        ``[B, min(frames, n + T), H, W, C]``; None where that is no frame at all. Whoever keeps it must not write to
+        ``x`` meanwhile.
+    """
+    held, new = 0 if cache is None else cache.shape[1], x.shape[1]
+    if frames <= 0 or held + new == 0:
+        return None
+    if new >= frames:
+        last = x[:, new - frames :]
+        return last if new <= 2 * frames else last.clone(memory_format=torch.contiguous_format)
+    if cache is None or held == 0:
+        return x
+    old = cache[:, max(0, held - (frames - new)) :]
+    return torch.cat([old, x], 1) if new else old
+
+
+@overload
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cache: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    pad_mode: str = "zeros",
+    pad_end: int = 0,
+    residual: Tensor | None = None,
+    epilogue: Literal["interleave", "pixel_shuffle"] | None = None,
+    factor: Sequence[int] | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-12,
+    keep: bool = True,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    epilogue: Literal["rms_norm_silu"],
+    cache: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    pad_mode: str = "zeros",
+    pad_end: int = 0,
+    residual: Tensor | None = None,
+    factor: Sequence[int] | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-12,
+    keep: bool = True,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def causal_conv3d(
@@ -44,45 +109,79 @@ def causal_conv3d(
     cache: Tensor | None = None,
     stride: int | Sequence[int] = 1,
     pad_mode: str = "zeros",
+    pad_end: int = 0,
     residual: Tensor | None = None,
+    epilogue: str | None = None,
+    factor: Sequence[int] | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-12,
+    keep: bool = True,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Convolution that sees no future frame: output frame t reads frames t - kt + 1 … t.
 
         y[b, t, h, w, o] = bias[o] + residual[b, t, h, w, o]
                          + Σ weight[o, c, i, j, k] * x[b, t*st + i - (kt-1), h*sh + j - kh//2, w*sw + k - kw//2, c]
 
-    Frames before the first come from ``cache``, and are zero before those; pixels outside the frame are zero.
+    Frames before the first come from ``cache``; ``pad_mode`` says what lies before those and around every frame:
+
+        ================  ======================  =====================================
+        ``pad_mode``      before the oldest       around a frame
+        ================  ======================  =====================================
+        ``zeros``         zeros                   zeros (Wan)
+        ``replicate``     the oldest, repeated    its edge, repeated (HunyuanVideo)
+        ``reflect``       the oldest, repeated    its pixels, mirrored at the edge (LTX-2)
+        ``first_frame``   the oldest, repeated    zeros (LTX, CogVideoX)
+        ================  ======================  =====================================
+
+    ``epilogue`` says what becomes of the result before it is written:
+
+        ``rms_norm_silu``: z = silu(y / max(||y||₂, norm_eps) * sqrt(O) * norm_weight) is returned beside y.
+        ``interleave``: channels ``[i, c]`` of ``[2, O / 2]`` become frame 2t + i (Wan's upsampling in time).
+        ``pixel_shuffle``: channels ``[c, i, j, k]`` become frame t*ft + i, row h*fh + j and column w*fw + k (LTX).
 
     Args:
         x: ``[B, T, H, W, C]``, bf16/fp16/fp32 (fp64 by the reference), last dim contiguous, any other strides.
-            ``clip.permute(0, 2, 3, 4, 1)`` of a channels_last_3d clip is such a view and costs nothing.
+            ``clip.permute(0, 2, 3, 4, 1)`` of a channels_last_3d clip is such a view and costs nothing. T may be 0
+            where there is a cache.
         weight: ``[O, C, kt, kh, kw]``, dtype of ``x``, kh and kw odd; see `pack_weight`.
         bias: ``[O]`` or None.
         cache: ``[B, n, H, W, C]`` with n ≤ kt - 1, dtype of ``x``: the n frames just before ``x``. It is read in place:
-            nothing is concatenated on the GPU.
+            nothing is concatenated on the GPU. `next_cache` makes the one of the next call.
         stride: one number or (st, sh, sw), in frames and pixels.
-        pad_mode: ``zeros``.
+        pad_mode: see above.
+        pad_end: so many repeats of the last frame follow ``x``: with it a convolution over a whole clip that sees as
+            many frames ahead as behind is ``causal_conv3d(x[:, 1:], ..., cache=x[:, :1], pad_mode="first_frame",
+            pad_end=1)`` for kt = 3.
         residual: shape of the result, fp32 or the dtype of ``x``; added in fp32 before the one rounding.
-        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
+        epilogue: None or see above.
+        factor: (ft, fh, fw) of ``pixel_shuffle``.
+        norm_weight: ``[O]`` of ``rms_norm_silu``, fp32 or the dtype of ``x``.
+        norm_eps: smallest norm that is divided by, in units of y.
+        keep: False: y itself is not needed beside z, and is returned empty.
+        impl: ``auto``, ``reference``, ``triton``, ``cudnn`` or ``cpu``; an explicit choice never falls back.
     Returns:
-        ``[B, ceil(T / st), ceil(H / sh), ceil(W / sw), O]``, contiguous, dtype of ``x``; accumulated in fp32.
+        y ``[B, ceil((T + pad_end) / st), ceil(H / sh), ceil(W / sw), O]`` (``interleave``: twice the frames and half
+        the channels; ``pixel_shuffle``: times the factor, over its product), contiguous, dtype of ``x``; accumulated
+        in fp32. With ``rms_norm_silu``: ``(y, z)``, z of the same shape and dtype.
     Raises:
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
-        UnsupportedError: an input requires grad (no backward), another ``pad_mode``, or this implementation cannot be
-            had here; names the remedy.
+        UnsupportedError: an input requires grad (no backward), or this implementation cannot be had here; names the
+            remedy.
     Supports: sm_80+, gfx942+, CPU | fwd | fullgraph, CUDA graphs, dynamic T, H, W.
     Numerics: error ≤ 2 × eager's own against float64; fp32 on CUDA uses TF32 where cuDNN is allowed to.
         Deterministic: yes.
     Source: Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", arXiv:2310.05737,
-        sec. 3.2 (causal 3-D convolution).
+        sec. 3.2 (causal 3-D convolution); Wan Team, arXiv:2503.20314, sec. 4.1 (the cache); Shi et al., "Real-Time
+        Single Image and Video Super-Resolution Using an Efficient Sub-Pixel Convolutional Neural Network",
+        arXiv:1609.05158 (pixel shuffle).
     """
     op = "causal_conv3d"
     check_tensor(op, "x", x, ndim=5)
     check_tensor(op, "weight", weight, ndim=5)
-    b, _, h, w, c = x.shape
+    b, t, h, w, c = x.shape
     out, _, kt, kh, kw = weight.shape
-    if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0:
+    if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0 or kt < 1:
         bad_shape(op, "weight", f"[O, {c}, kt, kh, kw] with odd kh and kw for `x` {list(x.shape)}", weight)
     if weight.dtype != x.dtype:
         raise DTypeError(f"{op}: `weight` must be {x.dtype} like `x`; got {describe(weight)}")
@@ -92,7 +191,10 @@ def causal_conv3d(
         bad_option(op, "stride", "a positive integer or three of them (st, sh, sw)", stride)
     if pad_mode not in PAD_MODES:
         bad_option(op, "pad_mode", f"one of {', '.join(PAD_MODES)}", pad_mode)
-    check_pad_mode(pad_mode)
+    if pad_mode == "reflect" and (h <= kh // 2 or w <= kw // 2):
+        bad_shape(op, "x", f"[B, T, H > {kh // 2}, W > {kw // 2}, C] to be mirrored", x)
+    if isinstance(pad_end, bool) or not isinstance(pad_end, int) or pad_end < 0:
+        bad_option(op, "pad_end", "a number of frames, 0 or more", pad_end)
     if cache is not None:
         check_tensor(op, "cache", cache, ndim=5)
         n = cache.shape[1]
@@ -100,52 +202,52 @@ def causal_conv3d(
             bad_shape(op, "cache", f"[{b}, n, {h}, {w}, {c}] with n <= {kt - 1} (kt - 1)", cache)
         if cache.dtype != x.dtype:
             raise DTypeError(f"{op}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
+    if pad_end and t + (0 if cache is None else cache.shape[1]) == 0:
+        bad_shape(op, "x", "at least one frame, or a cache of one, for `pad_end` to repeat", x)
+    factors = _check_epilogue(op, out, epilogue, factor, norm_weight, keep)
     if residual is not None:
         check_tensor(op, "residual", residual, ndim=5)
-        expected = output_shape(x, weight, steps)
+        expected = output_shape(x, weight, steps, pad_end, epilogue, factors)
         if residual.shape != expected:
             bad_shape(op, "residual", str(list(expected)), residual)
-    check_last_dim_contiguous(op, x=x, cache=cache, residual=residual)
-    check_same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    refuse_grad(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual)
-    return torch.ops.pyvideo.causal_conv3d(x, weight, bias, cache, steps, pad_mode, residual, impl)
+    check_last_dim_contiguous(op, x=x, cache=cache, residual=residual, norm_weight=norm_weight)
+    check_same_device(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual, norm_weight=norm_weight)
+    refuse_grad(op, x=x, weight=weight, bias=bias, cache=cache, residual=residual, norm_weight=norm_weight)
+    y, z = torch.ops.pyvideo.causal_conv3d(
+        x, weight, bias, cache, steps, pad_mode, pad_end, residual, epilogue, factors, norm_weight, norm_eps, keep, impl
+    )
+    return (y, z) if epilogue == "rms_norm_silu" else y
 
 
-def causal_conv3d_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    stride: Sequence[int],
-    pad_mode: str,
-    residual: Tensor | None,
-) -> Tensor:
-    """``impl="cpu"``: oneDNN's convolution on channels-last frames, the residual added before it rounds.
-
-    torch.nn.functional.conv3d sends small fp32 clips to an im2col loop that is several times slower than oneDNN, and
-    adds a residual after rounding; both are avoided by calling oneDNN's entry point.
-    """
-    check_pad_mode(pad_mode)
-    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
-        raise UnsupportedError(f"causal_conv3d: oneDNN does not take {x.dtype} here; use impl='reference'")
-    if x.numel() == 0:
-        return x.new_zeros(output_shape(x, weight, stride))
-    _, _, kt, kh, kw = weight.shape
-    past = kt - 1
-    if x.shape[1] == 1:
-        # Taps that would only meet zeros (a first frame has no past) are left out: up to two thirds of the work.
-        past = 0 if cache is None else cache.shape[1]
-        weight = weight[:, :, kt - 1 - past :]
-    frames = with_past(x, cache, past).permute(0, 4, 1, 2, 3)
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    window = ([0, kh // 2, kw // 2], list(stride), [1, 1, 1], 1)
-    if residual is None:
-        y = torch.mkldnn_convolution(frames, weight, bias, *window)
-    else:
-        other = residual.to(x.dtype).permute(0, 4, 1, 2, 3)
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            frames, other, weight, bias, *window, "add", 1.0, None, [], None
-        )
-    return y.permute(0, 2, 3, 4, 1).contiguous()
+def _check_epilogue(
+    op: str,
+    out: int,
+    epilogue: str | None,
+    factor: Sequence[int] | None,
+    norm_weight: Tensor | None,
+    keep: bool,
+) -> list[int]:
+    """The factor for the schema; raises where an epilogue lacks its argument or another one's is given."""
+    if epilogue is not None and epilogue not in EPILOGUES:
+        bad_option(op, "epilogue", f"None or one of {', '.join(EPILOGUES)}", epilogue)
+    factors = [1, 1, 1]
+    if epilogue == "pixel_shuffle":
+        factors = list(factor) if isinstance(factor, Sequence) and not isinstance(factor, str) else []
+        if len(factors) != 3 or not all(isinstance(n, int) and n >= 1 for n in factors):
+            bad_option(op, "factor", "three positive integers (ft, fh, fw) for `pixel_shuffle`", factor)
+    elif factor is not None:
+        bad_option(op, "factor", "None without `pixel_shuffle`", factor)
+    unfold = shuffle_factor(epilogue, factors)
+    parts = unfold[0] * unfold[1] * unfold[2]
+    if out % parts:
+        bad_option(op, "weight", f"of a multiple of {parts} output channels for {epilogue!r}", out)
+    if epilogue == "rms_norm_silu":
+        if norm_weight is None:
+            bad_option(op, "norm_weight", f"[{out}] for `rms_norm_silu`", None)
+        check_tensor(op, "norm_weight", norm_weight, ndim=1)
+        check_vector(op, out, norm_weight=norm_weight)
+    elif norm_weight is not None:
+        bad_option(op, "norm_weight", "None without `rms_norm_silu`", describe(norm_weight))
+    if not keep and epilogue != "rms_norm_silu":
+        bad_option(op, "keep", "True without `rms_norm_silu`, whose result it drops", keep)
+    return factors

@@ -1,40 +1,106 @@
-"""Oracle of causal_conv3d and its sample inputs."""
+"""Oracle of causal_conv3d: past and edges by indexing, the convolution, and its epilogues."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from . import compute_dtype, generator, randn, up
+from . import compute_dtype, up
+from .causal_conv3d_samples import samples as samples
 
 # Operands of the product that a kernel may compute in TF32, where torch.backends.cudnn allows that.
 TF32_OPERANDS = ("x", "weight", "cache")
+PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
+EPILOGUES = ("rms_norm_silu", "interleave", "pixel_shuffle")
 
 
-def check_pad_mode(pad_mode: str) -> None:
-    """Zeros are the padding that exists so far."""
-    if pad_mode != "zeros":
-        raise UnsupportedError(f"causal_conv3d: `pad_mode` {pad_mode!r} is not built yet; there is 'zeros'")
+def repeats_frames(pad_mode: str) -> bool:
+    """Whether the oldest frame stands for those before it; zeros do otherwise."""
+    return pad_mode != "zeros"
 
 
-def output_shape(x: Tensor, weight: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
-    """``[B, ceil(T / st), ceil(H / sh), ceil(W / sw), O]``: padding makes up for the kernel."""
-    b, *sizes, _ = x.shape
-    return (b, *((size - 1) // step + 1 for size, step in zip(sizes, stride, strict=True)), weight.shape[0])
+def spatial_mode(pad_mode: str) -> str:
+    """What lies around a frame: ``zeros``, ``replicate`` or ``reflect``."""
+    return "zeros" if pad_mode == "first_frame" else pad_mode
 
 
-def with_past(x: Tensor, cache: Tensor | None, frames: int) -> Tensor:
-    """``x [B, T, ...]`` preceded by ``frames`` frames: those of ``cache``, and zeros before them."""
-    parts = [x] if cache is None else [cache, x]
-    missing = frames - (0 if cache is None else cache.shape[1])
+def shuffle_factor(epilogue: str | None, factor: Sequence[int]) -> tuple[int, int, int]:
+    """Frames, rows and columns that one output position of the convolution becomes."""
+    if epilogue == "interleave":
+        return 2, 1, 1
+    return (factor[0], factor[1], factor[2]) if epilogue == "pixel_shuffle" else (1, 1, 1)
+
+
+def output_shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    pad_end: int = 0,
+    epilogue: str | None = None,
+    factor: Sequence[int] = (1, 1, 1),
+) -> tuple[int, ...]:
+    """``[B, ceil((T + pad_end) / st), ceil(H / sh), ceil(W / sw), O]``, unfolded by the shuffle: padding makes up for
+    the kernel."""
+    b, t, h, w, _ = x.shape
+    sizes = [(size - 1) // step + 1 for size, step in zip((t + pad_end, h, w), stride, strict=True)]
+    unfold = shuffle_factor(epilogue, factor)
+    o = weight.shape[0] // (unfold[0] * unfold[1] * unfold[2])
+    return (b, *(size * n for size, n in zip(sizes, unfold, strict=True)), o)
+
+
+def with_past(x: Tensor, cache: Tensor | None, past: int, pad_mode: str, pad_end: int) -> Tensor:
+    """``x [B, T, ...]`` preceded by ``past`` frames and followed by ``pad_end`` repeats of the last.
+
+    The past is the cache's, and before it zeros or the oldest frame there is.
+    """
+    parts = [x] if cache is None or cache.shape[1] == 0 else [cache, x]
+    missing = past - (parts[0].shape[1] if len(parts) > 1 else 0)
+    first, last = parts[0], x if x.shape[1] else parts[0]
+    b, _, *rest = x.shape
     if missing:
-        b, _, *rest = x.shape
-        parts.insert(0, x.new_zeros((1, 1, 1, 1, 1)).expand(b, missing, *rest))
+        fill = first[:, :1] if repeats_frames(pad_mode) else x.new_zeros((1, 1, 1, 1, 1))
+        parts.insert(0, fill.expand(b, missing, *rest))
+    if pad_end:
+        parts.append(last[:, -1:].expand(b, pad_end, *rest))
     return torch.cat(parts, 1) if len(parts) > 1 else x
+
+
+def _around(size: int, pad: int, mode: str, device: torch.device) -> Tensor:
+    """Which of ``size`` pixels each position from -pad to size + pad - 1 shows."""
+    at = torch.arange(-pad, size + pad, device=device)
+    if mode == "reflect":
+        at = (size - 1) - ((size - 1) - at.abs()).abs()
+    return at.clamp(0, size - 1)
+
+
+def with_border(frames: Tensor, kh: int, kw: int, mode: str) -> Tensor:
+    """``frames [B, T, H, W, C]`` with the pixels around them: zeros, the edge's, or mirrored at it."""
+    if mode == "zeros":
+        return torch.nn.functional.pad(frames, (0, 0, kw // 2, kw // 2, kh // 2, kh // 2))
+    frames = frames.index_select(2, _around(frames.shape[2], kh // 2, mode, frames.device))
+    return frames.index_select(3, _around(frames.shape[3], kw // 2, mode, frames.device))
+
+
+def unfold_channels(y: Tensor, epilogue: str | None, factor: Sequence[int]) -> Tensor:
+    """``interleave``: [i, c] to frame i. ``pixel_shuffle``: [c, i, j, k] to frame i, row j, column k."""
+    if epilogue not in ("interleave", "pixel_shuffle"):
+        return y
+    ft, fh, fw = shuffle_factor(epilogue, factor)
+    b, t, h, w, o = y.shape
+    c = o // (ft * fh * fw)
+    if epilogue == "interleave":
+        y = y.view(b, t, h, w, ft, c).permute(0, 1, 4, 2, 3, 5)
+    else:
+        y = y.view(b, t, h, w, c, ft, fh, fw).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return y.reshape(b, t * ft, h * fh, w * fw, c)
+
+
+def norm_silu(y: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
+    """silu(y / max(|y|, eps) * sqrt(C) * weight) in the dtype of ``y``, which is the compute dtype."""
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(norm_eps)
+    return torch.nn.functional.silu(y * (y.shape[-1] ** 0.5 / norm) * up(norm_weight, y.dtype))
 
 
 def causal_conv3d(
@@ -44,25 +110,41 @@ def causal_conv3d(
     cache: Tensor | None,
     stride: Sequence[int],
     pad_mode: str,
+    pad_end: int,
     residual: Tensor | None,
-) -> Tensor:
-    """Convolution over [past, x], spatially zero-padded by k // 2, plus bias and residual; one rounding at the end."""
-    check_pad_mode(pad_mode)
-    if x.numel() == 0:
-        return x.new_zeros(output_shape(x, weight, stride))
+    epilogue: str | None,
+    factor: Sequence[int],
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Convolution over [past, x, repeats], then the epilogue; ``(y, z)``, each rounded once, an unneeded one empty.
+
+    ``z`` is the norm of the rounded ``y``: what the modules compute one after the other.
+    """
+    shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
+    normed = epilogue == "rms_norm_silu"
+    if 0 in shape:
+        return x.new_zeros(shape if keep or not normed else (0,)), x.new_zeros(shape if normed else (0,))
     dtype = compute_dtype(x)
     _, _, kt, kh, kw = weight.shape
-    frames = up(with_past(x, cache, kt - 1), dtype).permute(0, 4, 1, 2, 3)
+    frames = with_past(up(x, dtype), None if cache is None else up(cache, dtype), kt - 1, pad_mode, pad_end)
+    frames = with_border(frames, kh, kw, spatial_mode(pad_mode))
     y = torch.nn.functional.conv3d(
-        frames,
+        frames.permute(0, 4, 1, 2, 3),
         up(weight, dtype),
         None if bias is None else up(bias, dtype),
         stride=tuple(stride),
-        padding=(0, kh // 2, kw // 2),
     ).permute(0, 2, 3, 4, 1)
+    y = unfold_channels(y, epilogue, factor)
     if residual is not None:
         y = y + up(residual, dtype)
-    return y.to(x.dtype).contiguous()
+    y = y.to(x.dtype).contiguous()
+    if not normed:
+        return y, x.new_empty((0,))
+    assert norm_weight is not None
+    z = norm_silu(up(y, dtype), norm_weight, norm_eps).to(x.dtype)
+    return (y if keep else x.new_empty((0,))), z
 
 
 def summed(
@@ -72,47 +154,26 @@ def summed(
     cache: Tensor | None,
     stride: Sequence[int],
     pad_mode: str,
+    pad_end: int,
     residual: Tensor | None,
+    epilogue: str | None,
+    factor: Sequence[int],
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    keep: bool,
 ) -> dict[int, Tensor]:
-    """√terms Σ|a b| of the sum of products behind each element."""
+    """√terms Σ|a b| of the sum of products behind each element, carried through the norm to its output."""
+    plain = None if epilogue == "rms_norm_silu" else epilogue
+    tail = (plain, factor, None, norm_eps, True)
     absolute = [None if t is None else t.abs() for t in (x, weight, bias, cache, residual)]
-    x, weight, bias, cache, residual = absolute  # type: ignore[assignment]
-    return {0: causal_conv3d(x, weight, bias, cache, stride, pad_mode, residual) * weight[0].numel() ** 0.5}
-
-
-def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Every kernel size, caches of 0 to kt - 1 frames, ragged sizes, 3 and 12 channels, views, strides, residual."""
-    g = generator()
-
-    def case(
-        x: Tensor,
-        out: int,
-        kernel: tuple[int, int, int],
-        cached: int = 0,
-        stride: tuple[int, int, int] = (1, 1, 1),
-        residual: bool = False,
-        bias: bool = True,
-    ) -> dict[str, Any]:
-        b, t, h, w, c = x.shape
-        fan_in = c * kernel[0] * kernel[1] * kernel[2]
-        return {
-            "x": x,
-            "weight": randn(out, c, *kernel, dtype=dtype, g=g, scale=fan_in**-0.5),
-            "bias": randn(out, dtype=dtype, g=g) if bias else None,
-            "cache": randn(b, cached, h, w, c, dtype=dtype, g=g) if cached else None,
-            "stride": list(stride),
-            "pad_mode": "zeros",
-            "residual": randn(b, (t - 1) // stride[0] + 1, h, w, out, dtype=dtype, g=g) if residual else None,
-        }
-
-    yield case(randn(1, 2, 5, 7, 16, dtype=dtype, g=g), 24, (3, 3, 3), cached=2, residual=True)
-    yield case(randn(2, 1, 3, 4, 3, dtype=dtype, g=g), 16, (3, 3, 3))
-    yield case(randn(1, 3, 2, 3, 12, dtype=dtype, g=g), 3, (3, 3, 3), cached=1)
-    yield case(randn(1, 3, 2, 5, 16, dtype=dtype, g=g), 32, (3, 1, 1), cached=2)
-    yield case(randn(1, 3, 3, 2, 16, dtype=dtype, g=g), 16, (3, 1, 1), cached=2, stride=(2, 1, 1), bias=False)
-    # One frame of a longer clip, cut out of a channels_last_3d tensor: strides of the clip, not of the slice.
-    clip = randn(2, 16, 3, 4, 3, dtype=dtype, g=g).contiguous(memory_format=torch.channels_last_3d)
-    yield case(clip.permute(0, 2, 3, 4, 1)[:, 1:2], 8, (1, 3, 3), residual=True)
-    yield case(randn(1, 2, 3, 3, 20, dtype=dtype, g=g), 16, (1, 1, 1))
-    # 48 output channels: one tile of 32 and one of 16.
-    yield case(randn(1, 1, 1, 1, 16, dtype=dtype, g=g), 48, (3, 3, 3), cached=2)
+    a_x, a_weight, a_bias, a_cache, a_residual = absolute
+    assert a_x is not None and a_weight is not None
+    sums, _ = causal_conv3d(a_x, a_weight, a_bias, a_cache, stride, pad_mode, pad_end, a_residual, *tail)
+    sums = sums * weight[0].numel() ** 0.5
+    if epilogue != "rms_norm_silu":
+        return {0: sums}
+    assert norm_weight is not None
+    y, _ = causal_conv3d(x, weight, bias, cache, stride, pad_mode, pad_end, residual, *tail)
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(norm_eps)
+    # SiLU is nowhere steeper than 1.1.
+    return {0: sums, 1: 1.1 * sums * norm_weight.abs() * (y.shape[-1] ** 0.5 / norm)}

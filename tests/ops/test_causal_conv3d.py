@@ -205,7 +205,9 @@ def test_a_tile_beyond_32_bit_offsets_is_refused():
     assert kernels.tile_span(near, config, (3, 3), (1, 1)) < 2**31
     weight = torch.empty(16, 16, 1, 3, 3, device="meta")
     with pytest.raises(UnsupportedError, match=r"within 2\^31 elements"):
-        kernels.causal_conv3d(x, weight, None, None, (1, 1, 1), "zeros", None)
+        kernels.causal_conv3d(
+            x, weight, None, None, (1, 1, 1), "zeros", 0, None, None, (1, 1, 1), None, 1e-12, True
+        )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,6 @@ _X, _W = torch.zeros(1, 2, 3, 4, 8), torch.zeros(5, 8, 3, 3, 3)
         ({"stride": (1, 1)}, ValueOptionError, "`stride` must be a positive integer or three"),
         ({"stride": 0}, ValueOptionError, "`stride` must be"),
         ({"pad_mode": "circular"}, ValueOptionError, "`pad_mode` must be one of"),
-        ({"pad_mode": "replicate"}, UnsupportedError, "`pad_mode` 'replicate' is not built yet"),
         ({"x": _X.clone().requires_grad_()}, UnsupportedError, "`x` requires grad"),
         ({"weight": _W.clone().requires_grad_()}, UnsupportedError, "`weight` requires grad"),
         ({"impl": "fast"}, ValueError, "`impl` must be one of"),

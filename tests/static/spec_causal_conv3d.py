@@ -13,7 +13,7 @@ def _conv(x, out, kernel, cached, residual=False, stride=(1, 1, 1), dtype=torch.
     weight = meta((out, *kernel, c), dtype).permute(0, 4, 1, 2, 3)  # packed
     cache = meta((b, cached, h, w, c), dtype) if cached else None
     after = meta((b, (t - 1) // stride[0] + 1, h, w, out), dtype) if residual else None
-    causal_conv3d(meta(x, dtype), weight, meta((out,), dtype), cache, stride, "zeros", after)
+    causal_conv3d(meta(x, dtype), weight, meta((out,), dtype), cache, stride, "zeros", 0, after, None, (1, 1, 1), None, 1e-12, True)
 
 
 # One architecture a variant: pointers, descriptors, MFMA.
