@@ -73,10 +73,11 @@ class StreamingVaeDecoder:
     ) -> Iterator[Tensor]:
         _fetch(self.vae)
         state = stream.new_state(**given)
-        for start, stop in stream.steps(latents.shape[2], chunk):
+        steps = stream.steps(latents.shape[2], chunk)
+        for run in steps:
             # Not around the yield: the caller's grad mode is the caller's.
             with torch.no_grad():
-                frames = _step(stream, latents, state, start, stop, dtype)
+                frames = _step(stream, latents, state, run, run == steps[-1], dtype)
             if frames.shape[2]:
                 yield frames
 
@@ -119,19 +120,21 @@ def decode_clip(
     state = stream.new_state(**given)
     if out is None and torch.is_grad_enabled() and (latents.requires_grad or _trains(stream.vae)):
         # Writing into slices would record every slice of the whole.
-        return torch.cat([_step(stream, latents, state, *step, dtype) for step in steps], 2)
+        return torch.cat([_step(stream, latents, state, run, run == steps[-1], dtype) for run in steps], 2)
     # Under autocast the dtype of the frames is not known before there are some.
     fills = stream.fills and not torch.is_autocast_enabled(latents.device.type)
     if out is None and fills:
         where = _where(stream.vae, latents)
         out = latents.new_empty(_shape(stream, latents), dtype=dtype or latents.dtype, device=where)
     done = 0
-    for start, stop in steps:
+    for run in steps:
+        # Runs may overlap (HunyuanVideo's temporal tiles): the last one is not the first to reach the end.
+        last = run == steps[-1]
         if fills and out is not None:
-            ready = stream.frames(stop) - stream.frames(start)
-            _step(stream, latents, state, start, stop, dtype, out[:, :, done : done + ready])
+            ready = stream.frames(run[1]) - stream.frames(run[0])
+            _step(stream, latents, state, run, last, dtype, out[:, :, done : done + ready])
         else:
-            frames = _step(stream, latents, state, start, stop, dtype)
+            frames = _step(stream, latents, state, run, last, dtype)
             ready = frames.shape[2]
             if out is None:
                 out = frames.new_empty(_shape(stream, latents))
@@ -145,13 +148,13 @@ def _step(
     stream: VaeStream,
     latents: Tensor,
     state: Any,
-    start: int,
-    stop: int,
+    run: tuple[int, int],
+    last: bool,
     dtype: torch.dtype | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    first, last = start == 0, stop == latents.shape[2]
-    z = latents[:, :, start:stop]
+    start, stop = run
+    first, z = start == 0, latents[:, :, start:stop]
     if out is None:
         frames = stream.step(z, state, first=first, last=last)
         return frames if dtype is None else as_dtype(frames, dtype)
