@@ -30,6 +30,7 @@ __all__ = ["Checked", "Report", "accelerate", "restore", "warmup"]
 _MODELS = {
     "WanTransformer3DModel": "pyvideo_kernels.integrations.diffusers.wan",
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae",
+    "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae",
 }
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _COMPONENTS = ("transformer", "transformer_2", "vae")

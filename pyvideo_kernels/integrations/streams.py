@@ -14,6 +14,7 @@ from ..nn.vae_stream import VaeStream
 # diffusers model class -> the file with its ``Stream``.
 STREAMS = {
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae_stream",
+    "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae_stream",
 }
 
 
