@@ -160,6 +160,10 @@ VAE_GPU: Shapes = {
 }
 VAE_CPU: Shapes = {"wan-128-full-96": {"grid": (4, 128, 128), "channels": 96}}
 
+# A tile of frames: diffusers' own size, and half of the width of 720p.
+TILE_GPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}, "wan-720p-half": {"grid": (4, 720, 768)}}
+TILE_CPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}}
+
 LATENT_GPU: Shapes = {
     "wan-480p": {"shape": (1, 16, 21, 60, 104)},
     "wan-720p": {"shape": (1, 16, 21, 90, 160)},

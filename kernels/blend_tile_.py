@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyvideo_kernels.configs import arch_for, elementwise
+from pyvideo_kernels.configs import arch_for
+from pyvideo_kernels.configs import blend_tile_ as configs
 
 from .launch import cdiv, on_device, refuse_float64
 
@@ -80,13 +81,11 @@ def launch(
     left: Tensor | None,
     grain: int,
     clamp: bool,
-    config: elementwise.FlatConfig,
+    inner: int,
+    config: configs.FlatConfig,
 ) -> None:
-    """Launch over ``tile [B, C, T, H, W]`` of any strides; channels that lie together are read together."""
+    """Launch over ``tile [B, C, T, H, W]`` of any strides; ``inner`` channels (1 or all) of a row go together."""
     b, c, t, h, w = tile.shape
-    if tile.numel() == 0:
-        return
-    inner = c if c > 1 and tile.stride(1) == 1 else 1
     rows = b * t * h * (c // inner)
     above_h, left_w = 0 if above is None else above.shape[3], 0 if left is None else left.shape[4]
     below_h, right_w = 0 if below is None else below.shape[3], 0 if right is None else right.shape[4]
@@ -115,5 +114,9 @@ def blend_tile_(
 ) -> None:
     """``impl="triton"`` of the op."""
     refuse_float64("blend_tile_", out, below, right, tile, above, left)
-    config = elementwise.select_flat(arch_for(tile), op="blend_tile_", itemsize=tile.element_size())
-    launch(out, below, right, tile, above, left, grain, clamp, config)
+    if tile.numel() == 0:
+        return
+    # Channels that lie together are read together.
+    inner = tile.shape[1] if tile.stride(1) == 1 else 1
+    config = configs.select(arch_for(tile), width=tile.shape[4] * inner, itemsize=tile.element_size())
+    launch(out, below, right, tile, above, left, grain, clamp, inner, config)

@@ -33,6 +33,7 @@ class Entry:
         flops: sizes -> floating-point operations; 0: memory-bound, judged by bytes.
         stock: inputs as the reference model holds them, made once and not timed (channels first, say).
         convolves: a convolution of the library is involved, which takes fp32 as TF32 where cuDNN may.
+        returns: an argument that is written, not read, and returned: it is moved once.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Entry:
     flops: Callable[..., float] = lambda **_: 0.0
     stock: Callable[[dict[str, Any]], dict[str, Any]] = _as_they_are
     convolves: bool = False
+    returns: str | None = None
 
     def ours(self, **kwargs: Any) -> Any:
         return getattr(pv, self.op)(**kwargs)
@@ -57,9 +59,9 @@ class Entry:
         return self.op.endswith("_")
 
 
-def moved_bytes(inputs: Mapping[str, Any], outputs: Any) -> int:
-    """Bytes of every input tensor read once plus every output tensor written once."""
-    return weight_of(list(inputs.values())) + weight_of(outputs)
+def moved_bytes(inputs: Mapping[str, Any], outputs: Any, returns: str | None = None) -> int:
+    """Bytes of every input tensor read once plus every output tensor written once; ``returns`` as of an `Entry`."""
+    return weight_of([value for name, value in inputs.items() if name != returns]) + weight_of(outputs)
 
 
 def weight_of(value: Any) -> int:

@@ -113,7 +113,7 @@ class Runner:
         self._check_samples(entry, row["impl"])
         outcome: dict[str, dict[str, Any]] = {}
         competitors, error = self._check_at_size(entry, sizes, inputs, ours, outcome)
-        moved = entry.bytes(**sizes, dtype=self.dtype) if entry.bytes else moved_bytes(inputs, ours)
+        moved = entry.bytes(**sizes, dtype=self.dtype) if entry.bytes else moved_bytes(inputs, ours, entry.returns)
         inputs_weight, outputs_weight = weight_of(inputs), weight_of(ours)
         del ours
         rotation = Rotation.past_cache(inputs_weight, outputs_weight, self.backend, 1 + len(competitors))

@@ -21,7 +21,7 @@ def blend_tile_(
     grain: int = 1,
     clamp: bool = False,
     impl: str = "auto",
-) -> None:
+) -> Tensor:
     """Blend a tile over its upper seam, then over its left one, and write its own part and the strips others need.
 
         v     = tile;   v[y < n] = above * (1 - y/n) + v * y/n;   v[x < m] = left * (1 - x/m) + v * x/m
@@ -43,6 +43,8 @@ def blend_tile_(
             unpacked from channels (Wan 2.2) blend so.
         clamp: the frames (not the strips) to [-1, 1].
         impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
+    Returns:
+        ``out``.
     Raises:
         ShapeError, DTypeError, DeviceError, ValueOptionError: names the argument, what was expected, what came.
         UnsupportedError: an input requires grad (no backward), or this implementation cannot be had here.
@@ -78,6 +80,7 @@ def blend_tile_(
     check_same_device(op, **tensors)
     refuse_grad(op, **tensors)
     torch.ops.pyvideo.blend_tile_(out, below, right, tile, above, left, grain, clamp, impl)
+    return out
 
 
 def blend_tile_cpu(

@@ -151,7 +151,7 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def _out_of_place(op: Op) -> Op | None:
-    """What returns what ``op`` writes over its arguments: an op, or a function of its oracle; None if ``op`` returns."""
+    """What returns what ``op`` writes over its arguments: an op or an oracle of its own; None if ``op`` returns."""
     from ..schemas import OPS
 
     if not op.name.endswith("_"):
