@@ -102,6 +102,8 @@ class Mark:
         self.settings = settings
         self.original = original
         self.methods: dict[str, Any] = {}
+        # Parameter name -> (what it was made of, the weight in a kernel's layout): packing.py. Not of a copy.
+        self.packed: dict[str, tuple[Any, Tensor]] = {}
         # Whether the denoising step that is running is a dense one; None: no step is known.
         self.dense_step: bool | None = None
         # What to take every step for, whatever the pipeline says; None: what it says.

@@ -1,0 +1,59 @@
+"""Weights in the layout of a kernel, made once; and whether anybody watches a module.
+
+A packed weight lives on the swap's mark and is made anew when the parameter has changed, moved, or been replaced. It
+goes with ``restore()``, and at the end of a decode where a hook moves the parameters about: a copy would stay behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .swap import mark_of
+
+
+def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -> Tensor | None:
+    """``make(weight, *options)`` of the parameter ``name``, made once; None where the op had better make it itself.
+
+    That is on the CPU, whose libraries have layouts of their own; inside a graph, which cannot see that a parameter
+    has changed; and where a hook brings the parameters for one forward alone.
+    """
+    weight, mark = getattr(module, name), mark_of(module)
+    if mark is None or weight.device.type != "cuda" or torch.compiler.is_compiling() or _managed(module):
+        return None
+    version = None if weight.is_inference() else weight._version
+    key = (weight.data_ptr(), version, weight.device, weight.dtype, weight.shape, *options)
+    present = mark.packed.get(name)
+    if present is None or present[0] != key:
+        with torch.no_grad():
+            present = mark.packed[name] = key, make(weight.detach(), *options)
+    made: Tensor = present[1]
+    return made
+
+
+def forget_offloaded(model: nn.Module) -> None:
+    """Drop what was packed of a model whose parameters a hook takes elsewhere between calls."""
+    if not _managed(model) and not any(_managed(module) for module in model.modules()):
+        return
+    for module in model.modules():
+        if (mark := mark_of(module)) is not None:
+            mark.packed.clear()
+
+
+def _managed(module: Any) -> bool:
+    """Whether a hook of accelerate or diffusers is on this module."""
+    return getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None
+
+
+def unhooked(module: Any) -> bool:
+    """Whether nobody watches this module's calls: what it would take and return may then stay inside a fused op."""
+    return not (
+        _managed(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
