@@ -35,10 +35,11 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from ...ops.causal_conv3d import causal_conv3d
+from ...ops.causal_conv3d import causal_conv3d, pack_weight
 from ...ops.group_norm_silu import group_norm_silu
-from ...ops.upsample_conv2d import upsample_conv2d
+from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ...ops.vae_attention import vae_attention
+from ..packing import packed
 from ..swap import Settings, autocasting, fall_back, ours, why_not
 
 # F.pad's name of what lies outside -> the op's.
@@ -125,11 +126,13 @@ def conv_forward(
         other = None if residual is None else channels_last(residual)
         mode = "zeros" if pad_mode is None else PAD_MODES[pad_mode]
         if wanted == "upsample_conv2d":
+            times = int(factor[0])  # type: ignore[index]
             y = upsample_conv2d(
                 clip,
                 self.weight,
                 self.bias,
-                time_factor=int(factor[0]),  # type: ignore[index]
+                packed=packed(self, self.weight, pack_upsample_weight, times),
+                time_factor=times,
                 pad_mode=mode,
                 residual=other,
                 impl=settings.impl,
@@ -137,9 +140,11 @@ def conv_forward(
         else:
             if factor is not None:
                 clip = channels_last(_upsampled(input, factor))
+            # On a CPU the library has an order of its own.
+            ordered = packed(self, self.weight, pack_weight) if clip.is_cuda else None
             y = causal_conv3d(
                 clip,
-                self.weight,
+                self.weight if ordered is None else ordered,
                 self.bias,
                 stride=self.stride,
                 pad_mode=mode,
