@@ -1,56 +1,59 @@
-"""Weights in the order that kernels read them, packed once for each module and kept on its mark."""
+"""Weights in the layout of a kernel, made once; and whether anybody watches a module.
+
+A packed weight lives on the swap's mark and is made anew when the parameter has changed, moved, or been replaced. It
+goes with ``restore()``, and at the end of a decode where a hook moves the parameters about: a copy would stay behind.
+"""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
 from .swap import mark_of
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A packed weight, and what tells whether it is still that of its weight."""
+def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -> Tensor | None:
+    """``make(weight, *options)`` of the parameter ``name``, made once; None where the op had better make it itself.
 
-    weight: weakref.ref[Tensor]
-    state: tuple[Any, ...]
-    tensor: Tensor
-
-
-def packed(module: nn.Module, weight: Tensor, pack: Callable[..., Tensor], *options: Any) -> Tensor | None:
-    """``pack(weight, *options)``, made at the first call and again when ``weight`` is another tensor or has changed.
-
-    It goes with the mark, that is with restore(), and is not copied or pickled. None means that the op packs for
-    itself: in a compiled graph and a capture, where nothing may be kept, and for tensors that do not say whether they
-    changed.
+    That is on the CPU, whose libraries have layouts of their own; inside a graph, which cannot see that a parameter
+    has changed; and where a hook brings the parameters for one forward alone.
     """
-    if torch.compiler.is_compiling():
+    weight, mark = getattr(module, name), mark_of(module)
+    if mark is None or weight.device.type != "cuda" or torch.compiler.is_compiling() or _managed(module):
         return None
-    mark = mark_of(module)
-    # Fake and quantised tensors are subclasses.
-    if mark is None or type(weight) not in (nn.Parameter, Tensor) or weight.is_inference():
-        return None
-    state = (weight.data_ptr(), weight._version, weight.device, weight.dtype, tuple(weight.stride()), *options)
-    kept: Packed | None = mark.packed.get(pack)
-    if kept is not None and kept.weight() is weight and kept.state == state:
-        return kept.tensor
-    if weight.device.type == "meta" or (weight.is_cuda and dispatch._capturing(weight.device)):
-        return None
-    with torch.inference_mode(False), torch.no_grad():
-        tensor = pack(weight.detach(), *options)
-    # With the weight goes what was made of it: offloading makes new weights for each call and frees them after it.
-    gone = weakref.ref(weight, lambda _, marked=weakref.ref(mark): _forget(marked(), pack))
-    mark.packed[pack] = Packed(gone, state, tensor)
-    return tensor
+    version = None if weight.is_inference() else weight._version
+    key = (weight.data_ptr(), version, weight.device, weight.dtype, weight.shape, *options)
+    present = mark.packed.get(name)
+    if present is None or present[0] != key:
+        with torch.no_grad():
+            present = mark.packed[name] = key, make(weight.detach(), *options)
+    made: Tensor = present[1]
+    return made
 
 
-def _forget(mark: Any, pack: Callable[..., Tensor]) -> None:
-    kept = None if mark is None else mark.packed.get(pack)
-    if kept is not None and kept.weight() is None:
-        del mark.packed[pack]
+def forget_offloaded(model: nn.Module) -> None:
+    """Drop what was packed of a model whose parameters a hook takes elsewhere between calls."""
+    if not _managed(model) and not any(_managed(module) for module in model.modules()):
+        return
+    for module in model.modules():
+        if (mark := mark_of(module)) is not None:
+            mark.packed.clear()
+
+
+def _managed(module: Any) -> bool:
+    """Whether a hook of accelerate or diffusers is on this module."""
+    return getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None
+
+
+def unhooked(module: Any) -> bool:
+    """Whether nobody watches this module's calls: what it would take and return may then stay inside a fused op."""
+    return not (
+        _managed(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -110,8 +110,6 @@ class Mark:
         self.every_step: bool | None = None
         # A weak reference to the pipeline that was accelerated, whose scheduler can say the step. Not of a copy.
         self.pipeline: Any = None
-        # How a weight is packed -> what was made of the module's (see packing.py). Not of a copy.
-        self.packed: dict[Any, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
         copied = Mark(copy.deepcopy(self.settings, memo), copy.deepcopy(self.original, memo))

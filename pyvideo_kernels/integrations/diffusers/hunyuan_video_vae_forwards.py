@@ -131,7 +131,7 @@ def conv_forward(
                 clip,
                 self.weight,
                 self.bias,
-                packed=packed(self, self.weight, pack_upsample_weight, times),
+                packed=packed(self, "weight", pack_upsample_weight, times),
                 time_factor=times,
                 pad_mode=mode,
                 residual=other,
@@ -140,8 +140,7 @@ def conv_forward(
         else:
             if factor is not None:
                 clip = channels_last(_upsampled(input, factor))
-            # On a CPU the library has an order of its own.
-            ordered = packed(self, self.weight, pack_weight) if clip.is_cuda else None
+            ordered = packed(self, "weight", pack_weight)
             y = causal_conv3d(
                 clip,
                 self.weight if ordered is None else ordered,
