@@ -82,6 +82,41 @@ def e2e(
 
 
 @app.command()
+def vae(
+    model: Annotated[str, typer.Option(help="A known architecture; its VAE gets random weights.")] = "wan2.1-1.3b",
+    ab: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A variant, once or more: eager, channels_last, compile, ours, compile+ours. Default: eager, "
+            "channels_last and ours.",
+        ),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; sizes default to the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Decodes a variant, in turns.")] = 3,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32")] = "auto",
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also time layer by layer.")] = True,
+    float32: Annotated[bool, typer.Option("--float32/--no-float32", help="Hold frames to the float32 decoder.")] = True,
+    seed: Annotated[int, typer.Option(help="Of weights and latents.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and markdown.")] = Path("runs/bench"),
+) -> None:
+    """A VAE's decoder alone, whole and layer by layer, against the stock one; what it computes and moves.
+
+    Exit 1 if frames came out wrong, or eager or everything that was asked for could not run.
+    """
+    from .vae import Request, command
+
+    request = Request(
+        model=model, variants=tuple(ab or ("eager", "channels_last", "ours")), height=height, width=width,
+        frames=frames, rounds=rounds, device=device, dtype=dtype, layers=layers, float32=float32, seed=seed,
+    )  # fmt: skip
+    finish(lambda: command(request, output))
+
+
+@app.command()
 def compare(
     old: Annotated[Path, typer.Argument(help="The result file to hold against.")],
     new: Annotated[Path, typer.Argument(help="The result file to judge.")],

@@ -19,7 +19,7 @@ from pyvideo_kernels.dispatch import arch_of
 from pyvideo_kernels.errors import ValueOptionError
 
 SCHEMA = 1
-KINDS = ("ops", "e2e", "tuning", "correctness", "environment")
+KINDS = ("ops", "e2e", "vae", "tuning", "correctness", "environment")
 _REQUIRED = ("device", "arch", "torch", "python", "pyvideo_kernels", "revision", "date")
 _REQUIRED_ON = {"cuda": ("gpu", "driver", "triton", "clock_sm"), "cpu": ("cpu", "threads")}
 

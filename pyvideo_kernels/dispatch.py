@@ -111,6 +111,12 @@ def check_runs_on(op: Op, impl: str, device: torch.device) -> None:
         raise DeviceError(f"{op.name}: impl 'flash' needs CUDA tensors; got {device}")
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast would choose another dtype for a product of ``x``; an op computes in the dtypes it is given."""
+    # torch refuses the question about the meta device.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def run(op: Op, args: tuple[Any, ...]) -> Any:
     """Execute ``op`` on schema-ordered ``args``, the last of which is ``impl``."""
     *inputs, impl = args
@@ -118,9 +124,9 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
         raise ValueOptionError(f"{op.name}: `impl` must be one of {', '.join(IMPLS)}; got {impl!r}")
     tensor = judged_tensor(_tensors(inputs))
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind):
-        # An op computes in the dtypes it is given. Autocast would reach the matrix products inside the oracle and the
-        # library calls, and change even the dtype that the fake has promised.
+    if autocasting(tensor):
+        # It would reach the matrix products inside the oracle and the library calls, and change even the dtype that
+        # the fake has promised.
         with torch.autocast(kind, enabled=False):
             return _run(op, inputs, impl, tensor)
     return _run(op, inputs, impl, tensor)

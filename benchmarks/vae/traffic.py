@@ -1,14 +1,12 @@
-"""Kernels, bytes and FLOPs of a decode, counted on fake tensors: no GPU, no memory, no arithmetic.
+"""Kernels, bytes and FLOPs of a decode, counted on the meta device: no GPU, no memory, no arithmetic.
 
 Every operation that reaches a device as a kernel is counted once: views, allocations and metadata are not. Its bytes
 are those of each input that it reads (an expanded dimension once) and each output that it writes; what a kernel reads
 again out of a cache is the cache's business. The count is of the program, not of a card: it says how many passes over
 memory a decoder makes, and which ops make them.
 
-    with torch.device("meta"):
-        vae = AutoencoderKLWan()
-    with fake():
-        to_fake(vae, torch.bfloat16)
+    with torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKLWan().to(torch.bfloat16)
         with Traffic() as traffic:
             vae.decode(torch.empty(1, 16, 21, 60, 104, dtype=torch.bfloat16))
     traffic.bytes, traffic.kernels, traffic.flops
@@ -16,14 +14,13 @@ memory a decoder makes, and which ops make them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -34,27 +31,6 @@ _FREE = {
     _aten.new_empty_strided.default, _aten.detach.default, _aten.lift_fresh.default, _aten._unsafe_view.default,
     _aten._reshape_alias.default, _aten.alias.default,
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def fake() -> Iterator[None]:
-    """Within: tensors have shapes and strides, and no memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        yield
-
-
-def to_fake(model: nn.Module, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """``model``, made on the meta device, with fake weights on ``device``; call it within `fake`."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        for name, buffer in module.named_buffers(recurse=False):
-            kind = dtype if buffer.is_floating_point() else buffer.dtype
-            module._buffers[name] = torch.empty(buffer.shape, dtype=kind, device=device)
-    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention_choice import AttentionChoice, LayerAttention
+from ..dispatch import autocasting as autocasting
 from ..errors import UnsupportedError
 
 MARK = "_pyvideo_swap"
@@ -274,7 +275,8 @@ def ours(module: Any, kind: type) -> bool:
 # Guards and counters --------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DEVICES = ("cpu", "cuda")
+# A model on the meta device computes shapes, and does so by the same ops.
+_DEVICES = ("cpu", "cuda", "meta")
 
 
 def why_not(x: Tensor, *parameters: Tensor | None) -> str | None:
@@ -296,11 +298,6 @@ def why_not(x: Tensor, *parameters: Tensor | None) -> str | None:
         if parameter.device != x.device:
             return "weight and activation on different devices"
     return None
-
-
-def autocasting(x: Tensor) -> bool:
-    """Whether autocast would choose another dtype for a GEMM on ``x``; an op of ours computes in the given dtypes."""
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def _count(token: int, op: str, reason: str) -> bool:

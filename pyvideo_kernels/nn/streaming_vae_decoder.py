@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import autocasting
 from ..errors import DeviceError, DTypeError, UnsupportedError, bad_shape, check_tensor, describe
 from .vae_stream import OP, VaeStream, as_dtype, check_chunk
 
@@ -122,7 +123,7 @@ def decode_clip(
         # Writing into slices would record every slice of the whole.
         return torch.cat([_step(stream, latents, state, run, run == steps[-1], dtype) for run in steps], 2)
     # Under autocast the dtype of the frames is not known before there are some.
-    fills = stream.fills and not torch.is_autocast_enabled(latents.device.type)
+    fills = stream.fills and not autocasting(latents)
     if out is None and fills:
         where = _where(stream.vae, latents)
         out = latents.new_empty(_shape(stream, latents), dtype=dtype or latents.dtype, device=where)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import autocasting
 from ..errors import DTypeError, bad_option, bad_shape, check_tensor
 
 OP = "vae decode"
@@ -74,7 +75,7 @@ def check_latents(vae: Any, latents: Any, channels: int) -> None:
     if latents.shape[1] != channels or 0 in latents.shape:
         bad_shape(OP, "latents", f"[B, {channels}, T, h, w] with nothing empty", latents)
     dtype = getattr(vae, "dtype", None)
-    if dtype is not None and latents.dtype != dtype and not torch.is_autocast_enabled(latents.device.type):
+    if dtype is not None and latents.dtype != dtype and not autocasting(latents):
         raise DTypeError(f"{OP}: `latents` must be {dtype} like the VAE; got {latents.dtype}")
 
 
