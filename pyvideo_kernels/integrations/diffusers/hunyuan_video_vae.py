@@ -39,21 +39,22 @@ SOURCES = {
     f"{_HOME}:AutoencoderKLHunyuanVideo": {"816b5f47eac273c4": "0.42.1"},
 }
 
-_NORM, _CONV, _UP, _ATTEND = "group_norm_silu", "causal_conv3d", "upsample_conv2d", "vae_attention"
+_NORM, _CONV, _UP = "group_norm_silu", "causal_conv3d", "upsample_conv2d"
+_ATTEND, _HEAD = "vae_attention", "decode_head_"
 _LAYERS = (_NORM, _CONV)
 # Class -> (its new forward, ops that run in it, ops of its children that it serves, what it does for them).
 _FORWARDS: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...], str]] = {
     nn.GroupNorm: (forwards.norm_forward, (_NORM,), (), ""),
     nn.Conv3d: (forwards.conv_forward, (_CONV,), (), ""),
-    HunyuanVideoCausalConv3d: (forwards.causal_forward, (), (_CONV, _UP), "hands its padding to the convolution"),
-    HunyuanVideoUpsampleCausal3D: (forwards.upsample_forward, (), (_CONV, _UP), "hands its factor to the convolution"),
+    HunyuanVideoCausalConv3d: (forwards.causal_forward, (), (_CONV, _UP, _HEAD), "leaves the padding to the op"),
+    HunyuanVideoUpsampleCausal3D: (forwards.upsample_forward, (), (_CONV, _UP), "leaves the factor to the op"),
     HunyuanVideoResnetBlockCausal3D: (
         forwards.residual_forward, (), _LAYERS, "fuses the activations and its own sum",
     ),
     Attention: (forwards.attention_forward, (_ATTEND,), (), ""),
     HunyuanVideoMidBlock3D: (forwards.mid_forward, (), (*_LAYERS, _ATTEND), "makes no mask; keeps the layout"),
     HunyuanVideoEncoder3D: (forwards.encoder_forward, (), _LAYERS, "fuses its last activation"),
-    HunyuanVideoDecoder3D: (forwards.decoder_forward, (), _LAYERS, "fuses its last activation"),
+    HunyuanVideoDecoder3D: (forwards.decoder_forward, (), (*_LAYERS, _HEAD), "fuses its last activation"),
 }  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
         place = ".".join(part for part in (path, inner) if part)
         forward, ops, serves, note = _FORWARDS[kind]
         owner = modules.get(inner.rpartition(".")[0])
-        if kind is nn.Conv3d and _enlarges(inner, modules):
-            ops = (_UP, _CONV)
+        if kind is nn.Conv3d:
+            ops = _conv_ops(inner, modules)
         wanted = [op for op in (*ops, *serves) if op in settings.ops]
         if not wanted:
             continue
@@ -89,7 +90,7 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
 
 def _stream(result: Plan, model: nn.Module, path: str, settings: Settings) -> None:
     """Plan the method of the VAE itself: it decodes as a stream."""
-    wanted = [op for op in (_NORM, _CONV, _UP, _ATTEND) if op in settings.ops]
+    wanted = [op for op in (_NORM, _CONV, _UP, _ATTEND, _HEAD) if op in settings.ops]
     if not wanted:
         return
     methods = {"_decode": streams._decode}
@@ -100,10 +101,16 @@ def _stream(result: Plan, model: nn.Module, path: str, settings: Settings) -> No
         result.swaps.append(Swap(path, model, None, (), "decodes as a stream", methods))
 
 
-def _enlarges(inner: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether the convolution at ``inner`` is that of an upsampler."""
-    around = inner.rpartition(".")[0].rpartition(".")[0]
-    return isinstance(modules.get(around), HunyuanVideoUpsampleCausal3D)
+def _conv_ops(inner: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """What the convolution at ``inner`` runs: that of an upsampler and the decoder's last one have ops of their own."""
+    causal = inner.rpartition(".")[0]
+    around, _, name = causal.rpartition(".")
+    owner = modules.get(around)
+    if isinstance(owner, HunyuanVideoUpsampleCausal3D):
+        return (_UP, _CONV)
+    if isinstance(owner, HunyuanVideoDecoder3D) and name == "conv_out":
+        return (_HEAD, _CONV)
+    return (_CONV,)
 
 
 def _unfit(module: Any, kind: type[nn.Module], owner: Any) -> str | None:

@@ -36,6 +36,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 from torch import Tensor, nn
 
 from ...ops.causal_conv3d import causal_conv3d, pack_weight
+from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ...ops.vae_attention import vae_attention
@@ -109,14 +110,18 @@ def conv_forward(
     pad_mode: str | None = None,
     residual: Tensor | None = None,
     factor: tuple[int, int, int] | None = None,
+    head: bool = False,
 ) -> Tensor:
     """The convolution of a clip with what lies outside given by ``pad_mode``; None: a 1×1×1 kernel, called as it is.
 
     ``residual`` is added before the result is rounded. ``factor``: of the clip enlarged so much, the first frame apart.
+    ``head``: the result is frames, in the stock layout.
     """
     clip = channels_last(input)
     wanted = "causal_conv3d"
-    if factor is not None and "upsample_conv2d" in settings.ops and not _unfit_upsample(self, pad_mode, factor):
+    if head and "decode_head_" in settings.ops:
+        wanted = "decode_head_"
+    elif factor is not None and "upsample_conv2d" in settings.ops and not _unfit_upsample(self, pad_mode, factor):
         wanted = "upsample_conv2d"
     reason = "autocast chooses the dtype of the convolution" if autocasting(input) else None
     reason = reason or _why_not(clip, self.weight, self.bias)
@@ -125,6 +130,10 @@ def conv_forward(
     if reason is None and wanted in settings.ops:
         other = None if residual is None else channels_last(residual)
         mode = "zeros" if pad_mode is None else PAD_MODES[pad_mode]
+        if wanted == "decode_head_":
+            frames = decode_head(clip, self.weight, self.bias, pad_mode=mode, clamp=False, impl=settings.impl)
+            assert isinstance(frames, Tensor)
+            return frames
         if wanted == "upsample_conv2d":
             times = int(factor[0])  # type: ignore[index]
             y = upsample_conv2d(
@@ -175,10 +184,11 @@ def causal_forward(
     hidden_states: Tensor,
     residual: Tensor | None = None,
     factor: tuple[int, int, int] | None = None,
+    head: bool = False,
 ) -> Tensor:
     """HunyuanVideoCausalConv3d: the convolution inside is told the padding instead of being given it."""
     if ours(self.conv, nn.Conv3d):
-        out: Tensor = self.conv(hidden_states, pad_mode=self.pad_mode, residual=residual, factor=factor)
+        out: Tensor = self.conv(hidden_states, self.pad_mode, residual, factor, head)
         return out
     return _stock_conv(self, hidden_states, residual, factor)
 
@@ -189,9 +199,9 @@ def _stock_conv(conv: Any, x: Tensor, residual: Tensor | None = None, factor: An
     return y if residual is None else y + residual
 
 
-def _convolved(conv: Any, x: Tensor, residual: Tensor | None = None, factor: Any = None) -> Tensor:
+def _convolved(conv: Any, x: Tensor, residual: Tensor | None = None, factor: Any = None, head: bool = False) -> Tensor:
     if ours(conv, HunyuanVideoCausalConv3d):
-        out: Tensor = conv(x, residual=residual, factor=factor)
+        out: Tensor = conv(x, residual, factor, head)
         return out
     return _stock_conv(conv, x, residual, factor)
 
@@ -310,8 +320,7 @@ def encoder_forward(self: HunyuanVideoEncoder3D, settings: Settings, hidden_stat
         x = block(x)
     x = self.mid_block(x)
     x = _activated(self.conv_norm_out, self.conv_act, x)
-    out = self.conv_out(x).contiguous()
-    return out
+    return _convolved(self.conv_out, x).contiguous()
 
 
 def decoder_forward(self: HunyuanVideoDecoder3D, settings: Settings, hidden_states: Tensor) -> Tensor:
@@ -324,5 +333,4 @@ def decoder_forward(self: HunyuanVideoDecoder3D, settings: Settings, hidden_stat
     for block in self.up_blocks:
         x = block(x)
     x = _activated(self.conv_norm_out, self.conv_act, x)
-    out = self.conv_out(x).contiguous()
-    return out
+    return _convolved(self.conv_out, x, head=True).contiguous()
