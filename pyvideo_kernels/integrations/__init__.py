@@ -20,7 +20,7 @@ from ..errors import ModelError, UnsupportedError, ValueOptionError
 from ..schemas import OPS
 from .precision import refuse_unbuilt
 from .report import Report
-from .swap import Plan, Settings, install, mark_of, remove, swapped
+from .swap import Left, Plan, Settings, install, mark_of, remove, swapped
 from .upfront import Checked, check_model, execution_device, warm_model, warm_ops
 
 __all__ = ["Checked", "Report", "accelerate", "restore", "warmup"]
@@ -32,8 +32,13 @@ _MODELS = {
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae",
     "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae",
 }
-_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-_COMPONENTS = ("transformer", "transformer_2", "vae")
+# diffusers pipeline class -> its components that are models of this table.
+_PIPELINES = {
+    "WanPipeline": ("transformer", "transformer_2", "vae"),
+    "WanImageToVideoPipeline": ("transformer", "transformer_2", "vae"),
+    "HunyuanVideoPipeline": ("vae",),
+    "HunyuanVideoImageToVideoPipeline": ("vae",),
+}
 _PIPELINE_KEPT = [
     ("scheduler", "guidance and update fuse only in a sampling loop: pyvideo_kernels.sampler has one"),
     ("text_encoder", "runs once a prompt"),
@@ -59,7 +64,8 @@ def accelerate(
     not on its GPU yet is checked at its first call: call ``warmup(target)`` once it is there.
 
     Args:
-        target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel`` or ``AutoencoderKLWan``.
+        target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel``, ``AutoencoderKLWan`` or
+            ``AutoencoderKLHunyuanVideo``; of ``HunyuanVideoPipeline`` and ``HunyuanVideoImageToVideoPipeline`` the VAE.
         ops: ``"all"``, or the names of the ops to use.
         attention: None keeps the model's own attention (its backend, context parallelism and caches with it);
             ``"dense"`` runs self-attention through ``spacetime_attention``, and so do ``"int8"`` and ``"fp8"`` in that
@@ -101,6 +107,7 @@ def accelerate(
         plan.extend(part)
     if not isinstance(target, nn.Module):
         plan.kept += _PIPELINE_KEPT
+        plan.extend(_not_integrated(target, choice))
     if strict and plan.left:
         reasons = "; ".join(f"{left.path}: {left.op}: {left.reason}" for left in plan.left[:8])
         more = f"; and {len(plan.left) - 8} more" if len(plan.left) > 8 else ""
@@ -195,12 +202,27 @@ def _models(target: Any) -> Iterator[tuple[str, nn.Module]]:
             raise ModelError(_unknown(target))
         yield "", target
         return
-    if not _bases(target) & set(_PIPELINES):
-        raise ModelError(_unknown(target))
-    for name in _COMPONENTS:
+    for name in _components(target):
         component = getattr(target, name, None)
         if component is not None:
             yield name, getattr(component, "_orig_mod", component)
+
+
+def _components(pipe: Any) -> tuple[str, ...]:
+    known = _bases(pipe) & set(_PIPELINES)
+    if not known:
+        raise ModelError(_unknown(pipe))
+    return _PIPELINES[known.pop()]
+
+
+def _not_integrated(pipe: Any, choice: AttentionChoice | None) -> Plan:
+    """What there is to say of a pipeline's transformer that this package does not know."""
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None or "transformer" in _components(pipe):
+        return Plan()
+    reason = f"{type(transformer).__name__} is not integrated yet: it runs as diffusers has it"
+    left = [] if choice is None else [Left("transformer", op, reason) for op in choice.ops()]
+    return Plan(left=left, kept=[] if left else [("transformer", reason)])
 
 
 def _bases(value: Any) -> set[str]:

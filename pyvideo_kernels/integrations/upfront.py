@@ -225,8 +225,13 @@ def _first_call(model: Any, target: Any, clip: tuple[int, int, int], device: tor
     """One forward of a transformer in each kind of step, or one decoding of a VAE, on a clip of zeros."""
     config = model.config
     height, width, frames = clip
-    spatial = getattr(target, "vae_scale_factor_spatial", None) or getattr(config, "scale_factor_spatial", None) or 8
-    temporal = getattr(target, "vae_scale_factor_temporal", None) or getattr(config, "scale_factor_temporal", None) or 4
+    spatial, temporal = (
+        getattr(target, f"vae_scale_factor_{axis}", None)
+        or getattr(config, f"scale_factor_{axis}", None)
+        or getattr(config, f"{axis}_compression_ratio", None)
+        or default
+        for axis, default in (("spatial", 8), ("temporal", 4))
+    )
     patch = getattr(config, "patch_size", None)
     pt, ph, pw = patch if isinstance(patch, (list, tuple)) else (1, 1, 1)
     t = -(-((frames - 1) // temporal + 1) // pt) * pt
@@ -235,8 +240,9 @@ def _first_call(model: Any, target: Any, clip: tuple[int, int, int], device: tor
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    if hasattr(config, "z_dim"):
-        model.decode(zeros(1, config.z_dim, t, h, w), return_dict=False)
+    channels = getattr(config, "z_dim", None) or getattr(config, "latent_channels", None)
+    if channels is not None:
+        model.decode(zeros(1, channels, t, h, w), return_dict=False)
         return
     tokens = (t // pt) * (h // ph) * (w // pw)
     per_token = bool(getattr(getattr(target, "config", None), "expand_timesteps", False))
