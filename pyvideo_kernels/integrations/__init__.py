@@ -31,6 +31,7 @@ _MODELS = {
     "WanTransformer3DModel": "pyvideo_kernels.integrations.diffusers.wan",
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae",
     "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae",
+    "AutoencoderKLLTXVideo": "pyvideo_kernels.integrations.diffusers.ltx_vae",
 }
 # diffusers pipeline class -> its components that are models of this table.
 _PIPELINES = {

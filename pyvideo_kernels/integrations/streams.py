@@ -15,6 +15,7 @@ from ..nn.vae_stream import VaeStream
 STREAMS = {
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae_stream",
     "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae_stream",
+    "AutoencoderKLLTXVideo": "pyvideo_kernels.integrations.diffusers.ltx_vae_stream",
 }
 
 
