@@ -28,6 +28,10 @@ class VaeStream(abc.ABC):
     channels: int = 3
     # Whether ``step`` can write its frames into a slice of the caller's (its argument ``out``); else they are copied.
     fills: bool = False
+    # Whether the model clamps its frames to [-1, 1]. Tiles are clamped after they are blended: see ``tile_step``.
+    clamps: bool = False
+    # Pixels that share a weight where tiles are blended: the patch of a model that is tiled in patches.
+    grain: int = 1
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -63,6 +67,10 @@ class VaeStream(abc.ABC):
             out: only ever given where ``fills``: ``[B, channels, t, H, W]`` with the t = frames(stop) - frames(start)
                 of this step, any strides, a float dtype or uint8; to be written and returned.
         """
+
+    def tile_step(self, z: Tensor, state: Any, *, first: bool, last: bool) -> Tensor:
+        """``step`` on a tile: its frames before the clamping, where the model ``clamps``."""
+        return self.step(z, state, first=first, last=last)
 
     def tiled(self, latents: Tensor) -> bool:
         """Whether the VAE's own flags ask for spatial tiles of these latents, which a stream of whole frames is not."""
