@@ -14,6 +14,7 @@ from .causal_conv3d import spatial_mode, with_border, with_past
 # Operands of the product that a kernel may compute in TF32, where torch.backends.cudnn allows that.
 TF32_OPERANDS = ("x", "weight", "cache")
 
+
 def output_shape(x: Tensor, weight: Tensor, pad_end: int, patch: Sequence[int]) -> tuple[int, ...]:
     """``[B, C, T, H, W]`` of the frames."""
     b, t, h, w, _ = x.shape

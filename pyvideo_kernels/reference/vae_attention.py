@@ -34,9 +34,7 @@ def summed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> dict[
         weights = torch.softmax(query @ keys.transpose(1, 2) * scale, -1)
         # d out = Σ w (v - out) d score; a score's own sum has D terms.
         scores = query.abs() @ keys.abs().transpose(1, 2) * (scale * q.shape[-1] ** 0.5)
-        spread = (weights * scores) @ values.abs() + (weights * scores).sum(-1, keepdim=True) * (
-            weights @ values
-        ).abs()
+        spread = (weights * scores) @ values.abs() + (weights * scores).sum(-1, keepdim=True) * (weights @ values).abs()
         out[:, t] = weights @ values.abs() * keys.shape[1] ** 0.5 + spread
     return {0: out}
 
