@@ -227,13 +227,13 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu, "
         "bool per_frame, str impl) -> Tensor",
         fakes.like_first,
-        _impls("group_norm_silu"),
+        _impls("group_norm_silu", "triton"),
     ),
     Op(
         "pixel_norm_silu",
         "(Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, float eps, bool silu, str impl) -> Tensor",
         fakes.like_first,
-        _impls("pixel_norm_silu"),
+        _impls("pixel_norm_silu", "triton"),
     ),
     Op(
         "causal_conv3d",
@@ -257,7 +257,7 @@ _ROWS: tuple[Op, ...] = (
         "str pad_mode, Tensor? residual, str impl) -> Tensor",
         fakes.upsample_conv2d,
         # On the CPU the library's transposed convolution is the kernel.
-        {**_impls("upsample_conv2d"), "cpu": "pyvideo_kernels.ops.upsample_conv2d:upsample_conv2d_cpu"},
+        {**_impls("upsample_conv2d", "triton"), "cpu": "pyvideo_kernels.ops.upsample_conv2d:upsample_conv2d_cpu"},
     ),
     Op(
         "vae_attention",

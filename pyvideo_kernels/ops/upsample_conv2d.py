@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -33,9 +36,10 @@ def packed_shape(weight: Tensor, time_factor: int) -> tuple[int, int, int, int]:
 def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
     """The taps of each phase, as the kernels read them.
 
-    A pixel of the doubled image is one of four (times two in time) neighbours made from the same small pixel. Which of
-    them it is, its phase, decides which of the original taps fall on one small pixel: their weights are summed, in
-    fp32 at least, and rounded once to the dtype of ``weight``.
+    A pixel of the doubled image is one of four (eight with time) that are made around a small pixel. Which one, its
+    phase, decides which of the original taps fall on the same small pixel; their weights are summed. The sums are
+    rounded to the dtype of ``weight`` together, so that what one rounding takes the next tap gives back: the sum of
+    all taps of a phase, its answer to a flat image, is kept to one rounding of the smallest step.
 
     Args:
         weight: ``[O, C, 3, 3]`` or ``[O, C, kt, 3, 3]`` with kt 1 or 3.
@@ -45,22 +49,32 @@ def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
         2t + s; tap ``(i * 2 + a) * 2 + b`` reads pixel (h + a - 1 + p, w + b - 1 + q), i from the oldest frame on.
     """
     wide = weight if weight.dim() == 5 else weight.unsqueeze(2)
-    # Sums in float64 are exact for 16-bit weights, and the order of the taps plays no part for any.
-    wide = wide.double().permute(0, 2, 3, 4, 1)
-    if time_factor == 2 and wide.shape[1] == 3:
-        wide = torch.stack([_pairs(wide, 1, 1), _pairs(wide, 1, 0)])
-    else:
-        wide = wide.unsqueeze(0)
-    rows = torch.stack([_pairs(wide, 3, p) for p in (0, 1)], 1)
-    taps = torch.stack([_pairs(rows, 5, q) for q in (0, 1)], 2)
-    s, _, _, o, kt, _, _, c = taps.shape
-    return taps.reshape(s * 4, o, kt * 4, c).to(weight.dtype).contiguous()
+    # fp32 holds the sum of four 16-bit weights; the sum of fp32 weights is rounded once.
+    wide = wide.permute(2, 3, 4, 0, 1).to(torch.float64 if weight.element_size() > 2 else torch.float32)
+    kt = wide.shape[0]
+    # In time the window ends with its own frame, one later than in space: the first phase is space's second.
+    in_time = _MET[::-1] if time_factor == 2 and kt == 3 else (tuple(slice(i, i + 1) for i in range(kt)),)
+    phases = []
+    for groups in product(in_time, _MET, _MET):
+        met = [wide[i, j, k].flatten(0, 2) for i, j, k in product(*groups)]
+        sums = torch.stack([taps.sum(0) for taps in met])
+        phases.append(_round_together(sums, [len(taps) for taps in met], weight.dtype))
+    return torch.stack(phases).transpose(1, 2).contiguous()
 
 
-def _pairs(x: Tensor, dim: int, phase: int) -> Tensor:
-    """Three taps along ``dim`` as the two small pixels they fall on: {0}, {1, 2} in phase 0 and {0, 1}, {2} in 1."""
-    head, tail = x.split((1 + phase, 2 - phase), dim)
-    return torch.cat([head.sum(dim, keepdim=True), tail.sum(dim, keepdim=True)], dim)
+# Of three taps, those that fall on the first and on the second of the two small pixels that a phase reads.
+_MET = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
+
+
+def _round_together(sums: Tensor, terms: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``sums`` [taps, ...] in ``dtype``, the total over the taps kept; sums of many ``terms`` are rounded first."""
+    rounded = torch.empty_like(sums, dtype=dtype)
+    left = torch.zeros_like(sums[0])
+    for tap in sorted(range(len(terms)), key=lambda tap: -terms[tap]):
+        exact = sums[tap] + left
+        rounded[tap] = exact
+        left = exact - rounded[tap]
+    return rounded
 
 
 def upsample_conv2d(
@@ -197,7 +211,11 @@ def upsample_conv2d_cpu(
     if past and x.shape[1] == 1 and (cache is None or cache.shape[1] == 0):
         # An image: all frames that are read are itself, or zeros. One product of the summed taps is enough.
         taps = packed[-4:].unflatten(2, (-1, 4))
-        packed = taps[:, :, -1] if pad_mode == "zeros" else taps.sum(2, dtype=torch.float32).to(taps.dtype)
+        if pad_mode == "zeros":
+            packed = taps[:, :, -1]
+        else:
+            sums = taps.sum(2, dtype=torch.float32).movedim(2, 0)
+            packed = _round_together(sums, [1] * 4, taps.dtype).movedim(0, 2)
         kt, past = 1, 0
     kernel = _transposed(packed)
     frames = with_past(x, cache, past, pad_mode) if past else x
