@@ -1,214 +1,32 @@
 """Causal 3-D convolution as a GEMM over shifted boxes of pixels, one box per tap and group of input channels.
 
-A program owns a box of output pixels of one frame and a group of output channels. Taps run from the oldest frame to
-the newest, so frames that do not exist are the head of the loop and are not walked, and frames of the cache come
-before those of x: the past is read where it lies. Two variants of one algorithm: boxes moved by tensor descriptors
-(TMA, whose zero fill is the spatial padding) and by pointers (everything else, and views a descriptor cannot address).
+Two variants of one algorithm: boxes moved by tensor descriptors (TMA, whose zero fill is the padding with zeros) and
+by pointers (everything else, and views a descriptor cannot address). Where edges are repeated or mirrored, descriptors
+move the boxes that touch none and pointers the others, in two launches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyvideo_kernels.configs import arch_for
+from pyvideo_kernels.configs import rms_norm_silu as norm_configs
 from pyvideo_kernels.configs.causal_conv3d import ConvConfig, select
 from pyvideo_kernels.errors import UnsupportedError
-from pyvideo_kernels.ops.causal_conv3d import pack_weight
-from pyvideo_kernels.reference.causal_conv3d import output_shape
+from pyvideo_kernels.ops.causal_conv3d import fold_time, pack_weight
+from pyvideo_kernels.reference.causal_conv3d import output_shape, repeats_frames, shuffle_factor, spatial_mode
 
+from . import rms_norm_silu as norm_kernels
+from .causal_conv3d_fwd import _causal_conv3d_descriptor_fwd_kernel, _causal_conv3d_fwd_kernel
 from .launch import cdiv, on_device
 
-
-@triton.jit
-def _program(frames, h_tiles, w_tiles, n_tiles):
-    """Batch and frame (int64: they multiply strides), box and channel group; groups of one box adjoin for the L2."""
-    pid = tl.program_id(0)
-    group = pid % n_tiles
-    pid = pid // n_tiles
-    w_tile = pid % w_tiles
-    pid = pid // w_tiles
-    h_tile = pid % h_tiles
-    pid = pid // h_tiles
-    return (pid // frames).to(tl.int64), (pid % frames).to(tl.int64), h_tile, w_tile, group
-
-
-@triton.jit
-def _steps(first, cached, KT: tl.constexpr, PER_FRAME: tl.constexpr):
-    """Loop bounds ``start, split, stop``: steps before ``split`` read the cache, frames before ``start`` are zero.
-
-    ``first`` is the frame, relative to x, that the oldest tap reads.
-    """
-    missing = tl.minimum(tl.maximum(-cached - first, 0), KT)
-    past = tl.minimum(tl.maximum(-first, 0), KT)
-    return missing.to(tl.int32) * PER_FRAME, past.to(tl.int32) * PER_FRAME, KT * PER_FRAME
-
-
-@triton.jit
-def _store(
-    acc, y_ptr, bias_ptr, residual_ptr, pixels, residual_pixels, pixel_mask, first_channel, o,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Bias and residual in fp32, one rounding, the pixels and channels that exist."""
-    channels = first_channel + tl.arange(0, N)
-    channel_mask = channels < o
-    mask = pixel_mask[:, None] & channel_mask[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        at = residual_ptr + residual_pixels[:, None] + channels[None, :]
-        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + pixels[:, None] + channels[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _finish(
-    acc, acc2, y_ptr, bias_ptr, residual_ptr, b, t, h0, w0, frames, h_out, w_out, o, first_channel, r_b, r_t, r_h, r_w,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
-    """Write the box; tile origins are int64 scalars, offsets within a tile fit int32 (the launcher checks)."""
-    m = tl.arange(0, BH * BW)
-    rows, cols = m // BW, m % BW
-    pixel_mask = (h0 + rows < h_out) & (w0 + cols < w_out)
-    y_ptr += (((b * frames + t) * h_out + h0) * w_out + w0) * o
-    pixels = (rows * w_out + cols) * o
-    residual_pixels = pixels
-    if HAS_RESIDUAL:
-        residual_ptr += b * r_b + t * r_t + tl.cast(h0, tl.int64) * r_h + tl.cast(w0, tl.int64) * r_w
-        residual_pixels = rows * r_h + cols * r_w
-    _store(
-        acc, y_ptr, bias_ptr, residual_ptr, pixels, residual_pixels, pixel_mask, first_channel, o,
-        HAS_BIAS, HAS_RESIDUAL, N,
-    )  # fmt: skip
-    if N2 > 0:
-        _store(
-            acc2, y_ptr, bias_ptr, residual_ptr, pixels, residual_pixels, pixel_mask, first_channel + N, o,
-            HAS_BIAS, HAS_RESIDUAL, N2,
-        )  # fmt: skip
-
-
-@triton.jit
-def _causal_conv3d_fwd_kernel(
-    x_ptr, cache_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    cached, h, w, o, frames, h_out, w_out, h_tiles, w_tiles, n_tiles,
-    x_b, x_t, x_h, x_w, c_b, c_t, c_h, c_w, r_b, r_t, r_h, r_w,
-    ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
-    TAPS: tl.constexpr = KH * KW
-    K_TILES: tl.constexpr = (C + BK - 1) // BK
-    PER_FRAME: tl.constexpr = TAPS * K_TILES
-    b, t, h_tile, w_tile, group = _program(frames, h_tiles, w_tiles, n_tiles)
-    h0, w0, first_channel = h_tile * BH, w_tile * BW, group * (N + N2)
-    m = tl.arange(0, BH * BW)
-    rows, cols = m // BW * SH, m % BW * SW
-    # The pixel that tap (0, 0) of the box's first pixel reads; negative at the borders.
-    top, left = h0 * SH - KH // 2, w0 * SW - KW // 2
-    k = tl.arange(0, BK)
-    n = first_channel + tl.arange(0, N)
-    weight_n = weight_ptr + n.to(tl.int64)[None, :] * (KT * TAPS * C) + k[:, None]
-    acc = tl.zeros([BH * BW, N], tl.float32)
-    n2 = n
-    weight_n2 = weight_n
-    acc2 = acc
-    if N2 > 0:
-        n2 = first_channel + N + tl.arange(0, N2)
-        weight_n2 = weight_ptr + n2.to(tl.int64)[None, :] * (KT * TAPS * C) + k[:, None]
-        acc2 = tl.zeros([BH * BW, N2], tl.float32)
-    first = t * ST - (KT - 1)
-    start, _, stop = _steps(first, cached, KT, PER_FRAME)
-    for step in tl.range(start, stop):
-        frame = first + step // PER_FRAME
-        tap, k0 = step % TAPS, step % PER_FRAME // TAPS * BK
-        y0, x0 = top + tap // KW, left + tap % KW
-        # A frame of the cache or of x: a scalar choice of base and strides, no branch in the loop.
-        old = frame < 0
-        base = tl.where(old, cache_ptr + b * c_b + (frame + cached) * c_t, x_ptr + b * x_b + frame * x_t)
-        s_h, s_w = tl.where(old, c_h, x_h), tl.where(old, c_w, x_w)
-        base += tl.cast(y0, tl.int64) * s_h + tl.cast(x0, tl.int64) * s_w + k0
-        inside = (y0 + rows >= 0) & (y0 + rows < h) & (x0 + cols >= 0) & (x0 + cols < w)
-        at = base + (rows * s_h + cols * s_w)[:, None] + k[None, :]
-        k_at = (step // PER_FRAME * TAPS + tap) * C + k0
-        if C % BK == 0:
-            a = tl.load(at, mask=inside[:, None], other=0.0)
-            wt = tl.load(weight_n + k_at, mask=n[None, :] < o, other=0.0)
-        else:
-            k_mask = k0 + k < C
-            a = tl.load(at, mask=inside[:, None] & k_mask[None, :], other=0.0)
-            wt = tl.load(weight_n + k_at, mask=(n[None, :] < o) & k_mask[:, None], other=0.0)
-        acc = tl.dot(a, wt, acc, input_precision=PRECISION)
-        if N2 > 0:
-            if C % BK == 0:
-                wt2 = tl.load(weight_n2 + k_at, mask=n2[None, :] < o, other=0.0)
-            else:
-                wt2 = tl.load(weight_n2 + k_at, mask=(n2[None, :] < o) & (k0 + k < C)[:, None], other=0.0)
-            acc2 = tl.dot(a, wt2, acc2, input_precision=PRECISION)
-    _finish(
-        acc, acc2, y_ptr, bias_ptr, residual_ptr, b, t, h0, w0, frames, h_out, w_out, o, first_channel,
-        r_b, r_t, r_h, r_w, HAS_BIAS, HAS_RESIDUAL, BH, BW, N, N2,
-    )  # fmt: skip
-
-
-@triton.jit
-def _walk(
-    acc, acc2, frames_desc, weight_desc, weight2_desc, b, frame0, top, left, first_channel, start, stop,
-    TAPS: tl.constexpr, KW: tl.constexpr, PER_FRAME: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
-    """Accumulate the steps ``[start, stop)``, all of whose frames lie behind one descriptor."""
-    for step in tl.range(start, stop):
-        tap, k0 = step % TAPS, step % PER_FRAME // TAPS * BK
-        row = step // PER_FRAME * TAPS + tap
-        a = frames_desc.load([b, frame0 + step // PER_FRAME, top + tap // KW, left + tap % KW, k0]).reshape(M, BK)
-        wt = weight_desc.load([first_channel, row, k0]).reshape(N, BK)
-        acc = tl.dot(a, wt.T, acc, input_precision=PRECISION)
-        if N2 > 0:
-            wt2 = weight2_desc.load([first_channel + N, row, k0]).reshape(N2, BK)
-            acc2 = tl.dot(a, wt2.T, acc2, input_precision=PRECISION)
-    return acc, acc2
-
-
-@triton.jit
-def _causal_conv3d_descriptor_fwd_kernel(
-    x_desc, cache_desc, weight_desc, weight2_desc, bias_ptr, residual_ptr, y_ptr,
-    cached, o, frames, h_out, w_out, h_tiles, w_tiles, n_tiles,
-    r_b, r_t, r_h, r_w,
-    ST: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, C: tl.constexpr,
-    HAS_CACHE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
-    TAPS: tl.constexpr = KH * KW
-    PER_FRAME: tl.constexpr = TAPS * ((C + BK - 1) // BK)
-    b, t, h_tile, w_tile, group = _program(frames, h_tiles, w_tiles, n_tiles)
-    h0, w0, first_channel = h_tile * BH, w_tile * BW, group * (N + N2)
-    top, left = h0 - KH // 2, w0 - KW // 2
-    acc = tl.zeros([BH * BW, N], tl.float32)
-    acc2 = acc
-    if N2 > 0:
-        acc2 = tl.zeros([BH * BW, N2], tl.float32)
-    first = t * ST - (KT - 1)
-    start, split, stop = _steps(first, cached, KT, PER_FRAME)
-    box, frame0 = b.to(tl.int32), first.to(tl.int32)
-    if HAS_CACHE:
-        acc, acc2 = _walk(
-            acc, acc2, cache_desc, weight_desc, weight2_desc, box, frame0 + cached, top, left, first_channel,
-            start, split, TAPS, KW, PER_FRAME, PRECISION, BH * BW, BK, N, N2,
-        )  # fmt: skip
-    acc, acc2 = _walk(
-        acc, acc2, x_desc, weight_desc, weight2_desc, box, frame0, top, left, first_channel,
-        split, stop, TAPS, KW, PER_FRAME, PRECISION, BH * BW, BK, N, N2,
-    )  # fmt: skip
-    _finish(
-        acc, acc2, y_ptr, bias_ptr, residual_ptr, b, t, h0, w0, frames, h_out, w_out, o, first_channel,
-        r_b, r_t, r_h, r_w, HAS_BIAS, HAS_RESIDUAL, BH, BW, N, N2,
-    )  # fmt: skip
+_EDGES = {"zeros": 0, "replicate": 1, "reflect": 2}
+_Inside = tuple[tuple[int, int], tuple[int, int]]
 
 
 def descriptors_can_address(*tensors: Tensor | None) -> bool:
@@ -245,55 +63,161 @@ def _tf32_allowed() -> bool:
         return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def tile_span(x: Tensor, config: ConvConfig, kernel: tuple[int, int], stride: tuple[int, int]) -> int:
-    """Largest offset, in elements, from a tile's origin that the pointer variant computes in int32."""
+def tile_span(x: Tensor, config: ConvConfig, kernel: tuple[int, int] = (1, 1), stride: tuple[int, int] = (1, 1)) -> int:
+    """Largest offset, in elements, from a tile's origin that a program computes in int32."""
     rows = (config.block_h - 1) * stride[0] + kernel[0]
     cols = (config.block_w - 1) * stride[1] + kernel[1]
     return rows * abs(x.stride(2)) + cols * abs(x.stride(3)) + x.shape[4]
 
 
-def launch_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    stride: Sequence[int],
-    residual: Tensor | None,
-    y: Tensor,
-    config: ConvConfig,
-) -> None:
-    """Launch over channels-last ``x`` and a packed ``weight`` into contiguous ``y``."""
-    b, frames, h_out, w_out, o = y.shape
-    _, _, h, w, c = x.shape
-    kt, kh, kw = weight.shape[2:]
-    n, n2 = config.block_n, config.block_n2
-    tiles = (cdiv(h_out, config.block_h), cdiv(w_out, config.block_w), cdiv(o, n + n2))
-    grid = (b * frames * tiles[0] * tiles[1] * tiles[2],)
-    cached = 0 if cache is None else cache.shape[1]
-    residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()[:4]
-    flags = (bias is not None, residual is not None, _precision(x))
-    blocks = (config.block_h, config.block_w, config.block_k, n, n2)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    with on_device(x):
-        if config.descriptors:
-            box = [1, 1, config.block_h, config.block_w, config.block_k]
-            taps = weight.permute(0, 2, 3, 4, 1).reshape(o, kt * kh * kw, c)
-            x_desc, weight_desc = _descriptor(x, box), _descriptor(taps, [n, 1, config.block_k])
-            _causal_conv3d_descriptor_fwd_kernel[grid](
-                x_desc, x_desc if cache is None else _descriptor(cache, box),
-                weight_desc, _descriptor(taps, [n2, 1, config.block_k]) if n2 else weight_desc,
-                bias, residual, y,
-                cached, o, frames, h_out, w_out, *tiles, *residual_strides,
-                stride[0], kt, kh, kw, c, cache is not None, *flags, *blocks, **options,
-            )  # fmt: skip
-        else:
-            past = x if cache is None else cache
-            _causal_conv3d_fwd_kernel[grid](
-                x, past, weight, bias, residual, y,
-                cached, h, w, o, frames, h_out, w_out, *tiles,
-                *x.stride()[:4], *past.stride()[:4], *residual_strides,
-                *stride, kt, kh, kw, c, *flags, *blocks, **options,
-            )  # fmt: skip
+def _check_span(
+    config: ConvConfig, read: Sequence[Tensor | None], residual: Tensor | None, shape: Sequence[int],
+    unfold: Sequence[int], kernel: tuple[int, int], stride: Sequence[int],
+) -> None:  # fmt: skip
+    """Refuse what int32 offsets cannot reach, before anything is allocated."""
+    sizes = [tile_span(view, config, kernel, (stride[1], stride[2])) for view in read if view is not None]
+    if residual is not None:
+        sizes.append(tile_span(residual, config, (1, 1), (unfold[1], unfold[2])))
+    rows, cols = config.block_h * unfold[1], config.block_w * unfold[2]
+    sizes.append((rows * shape[3] + cols) * shape[4])
+    if max(sizes) >= 2**31:
+        raise UnsupportedError("causal_conv3d: impl 'triton' needs tiles within 2^31 elements; copy the view")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What both variants are told beside the tensors they read.
+
+    Args:
+        packed: the weight in the memory of `pack_weight`.
+        unfold: (ft, fh, fw), frames, rows and columns of the result that one position becomes.
+        rows: of the weight, from one place of that to the next and from one channel to the next.
+        norm: weight, eps; None where no norm is made in registers.
+        y, z: where results go; None where they do not.
+    """
+
+    x: Tensor
+    packed: Tensor
+    bias: Tensor | None
+    cache: Tensor | None
+    stride: Sequence[int]
+    edge: str
+    repeat: bool
+    pad_end: int
+    residual: Tensor | None
+    unfold: tuple[int, int, int]
+    rows: tuple[int, int]
+    norm: tuple[Tensor, float] | None
+    y: Tensor | None
+    z: Tensor | None
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """B, T, H, W of the positions that are computed: those of the result before it is unfolded."""
+        out = self.y if self.y is not None else self.z
+        assert out is not None
+        b, *sizes = out.shape[:4]
+        return (b, *(size // n for size, n in zip(sizes, self.unfold, strict=True)))  # type: ignore[return-value]
+
+    def groups(self, config: ConvConfig) -> tuple[int, int, int]:
+        """Output channels at one place, groups of channels in all, and groups at one place."""
+        places = self.unfold[0] * self.unfold[1] * self.unfold[2]
+        o = self.packed.shape[0] // places
+        per_place = cdiv(o, config.block_n + config.block_n2)
+        return o, places * per_place, per_place
+
+    def outputs(self) -> tuple[Tensor | None, ...]:
+        """Pointers of the epilogue; one that is not written is never read either."""
+        norm = None if self.norm is None else self.norm[0]
+        return self.bias, self.residual, norm, self.y, self.z
+
+    def strides(self, o: int) -> tuple[int | float, ...]:
+        residual = (0, 0, 0, 0) if self.residual is None else self.residual.stride()[:4]
+        return *residual, *self.rows, 0.0 if self.norm is None else self.norm[1], o**0.5
+
+    def flags(self) -> tuple[bool | str, ...]:
+        norm = self.norm is not None
+        return self.bias is not None, self.residual is not None, norm, self.y is not None, _precision(self.x)
+
+
+def interior(size: tuple[int, int], config: ConvConfig, kernel: tuple[int, int]) -> _Inside:
+    """Rows and columns of boxes, first and past the last, that read no pixel outside of a frame of this size."""
+    found = []
+    for pixels, taps, block in zip(size, kernel, (config.block_h, config.block_w), strict=True):
+        pad = taps // 2
+        last = cdiv(pixels, block) if pad == 0 else max(0, (pixels - pad) // block)
+        found.append((min(cdiv(pad, block), last), last))
+    return found[0], found[1]
+
+
+def _with_border(
+    config: ConvConfig, pointers: ConvConfig, size: tuple[int, int], kernel: tuple[int, int]
+) -> tuple[ConvConfig, ConvConfig | None]:
+    """Two launches, of boxes that touch no edge and of those that do; one where all of them touch one."""
+    (h_first, h_last), (w_first, w_last) = interior(size, config, kernel)
+    if h_first == h_last or w_first == w_last:
+        return pointers, None
+    return config, dataclasses.replace(pointers, block_h=config.block_h, block_w=config.block_w)
+
+
+def launch_fwd(call: Call, config: ConvConfig, border: ConvConfig | None = None) -> None:
+    """Launch one variant; ``border``: by pointers, for the boxes that touch an edge, beside the other.
+
+    ``border`` has the boxes of ``config``.
+    """
+    with on_device(call.x):
+        if border is None:
+            variant = _launch_descriptors if config.descriptors else _launch_pointers
+            variant(call, config, None)
+            return
+        inside = interior(call.grid[2:], config, call.packed.shape[3:])
+        _launch_descriptors(call, config, inside)
+        _launch_pointers(call, border, inside)
+
+
+def _launch_descriptors(call: Call, config: ConvConfig, inside: _Inside | None) -> None:
+    b, frames, h_out, w_out = call.grid
+    o, c, kt, kh, kw = call.packed.shape
+    n, n2, k = config.block_n, config.block_n2, config.block_k
+    tiles = (cdiv(h_out, config.block_h), cdiv(w_out, config.block_w))
+    (h_first, h_last), (w_first, w_last) = inside or ((0, tiles[0]), (0, tiles[1]))
+    wide, groups, per_place = call.groups(config)
+    box = [1, 1, config.block_h, config.block_w, k]
+    taps = call.packed.permute(0, 2, 3, 4, 1).reshape(o, kt * kh * kw, c)
+    # Rows by place: a view, in whichever order the model has them.
+    taps = taps.as_strided(
+        (o // wide, wide, kt * kh * kw, c), (call.rows[0] * taps.stride(0), call.rows[1] * taps.stride(0), c, 1)
+    )
+    x_desc, weight_desc = _descriptor(call.x, box), _descriptor(taps, [1, n, 1, k])
+    _causal_conv3d_descriptor_fwd_kernel[(b * frames * (h_last - h_first) * (w_last - w_first) * groups,)](
+        x_desc, x_desc if call.cache is None else _descriptor(call.cache, box),
+        weight_desc, _descriptor(taps, [1, n2, 1, k]) if n2 else weight_desc, *call.outputs(),
+        0 if call.cache is None else call.cache.shape[1], call.x.shape[1], wide, frames, h_out, w_out,
+        h_last - h_first, w_last - w_first, groups, per_place, h_first, w_first, *call.strides(wide),
+        call.stride[0], kt, kh, kw, c, *call.unfold,
+        call.cache is not None, call.repeat, call.pad_end > 0, *call.flags(),
+        config.block_h, config.block_w, k, n, n2, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _launch_pointers(call: Call, config: ConvConfig, inside: _Inside | None) -> None:
+    b, frames, h_out, w_out = call.grid
+    _, t, h, w, c = call.x.shape
+    tiles = (cdiv(h_out, config.block_h), cdiv(w_out, config.block_w))
+    wide, groups, per_place = call.groups(config)
+    (h_first, h_last), (w_first, w_last) = inside or ((0, 0), (0, 0))
+    boxes = tiles[0] * tiles[1] - (h_last - h_first) * (w_last - w_first)
+    past = call.x if call.cache is None else call.cache
+    _causal_conv3d_fwd_kernel[(b * frames * boxes * groups,)](
+        call.x, past, call.packed, *call.outputs(),
+        0 if call.cache is None else call.cache.shape[1], t, h, w, wide, frames, h_out, w_out, *tiles,
+        groups, per_place, boxes, h_first, h_last, w_first, w_last,
+        *call.x.stride()[:4], *past.stride()[:4], *call.strides(wide),
+        *call.stride, *call.packed.shape[2:], c, *call.unfold,
+        _EDGES[call.edge], call.repeat, call.pad_end > 0, inside is not None, *call.flags(),
+        config.block_h, config.block_w, config.block_k, config.block_n, config.block_n2,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
 def causal_conv3d(
@@ -314,19 +238,37 @@ def causal_conv3d(
     """``impl="triton"`` of the op."""
     if x.dtype == torch.float64:
         raise UnsupportedError("causal_conv3d: impl 'triton' has no float64; use impl='reference'")
-    if pad_mode != "zeros" or pad_end or epilogue is not None:
-        raise UnsupportedError("causal_conv3d: impl 'triton' has neither this pad_mode nor epilogues yet")
-    o, c, _, kh, kw = weight.shape
-    _, sh, sw = stride
+    shape, unfold = output_shape(x, weight, stride, pad_end, epilogue, factor), shuffle_factor(epilogue, factor)
     if cache is not None and cache.shape[1] == 0:
         cache = None
-    packed = pack_weight(weight)
-    aligned = sh == sw == 1 and descriptors_can_address(x, cache, packed.permute(0, 2, 3, 4, 1))
-    config = select(arch_for(x), c=c, o=o, itemsize=x.element_size(), aligned=aligned)
-    views = [view for view in (x, cache, residual) if view is not None]
-    if max(tile_span(view, config, (kh, kw), (sh, sw)) for view in views) >= 2**31:
-        raise UnsupportedError("causal_conv3d: impl 'triton' needs tiles within 2^31 elements; copy the view")
-    y = x.new_empty(output_shape(x, weight, stride))
-    if y.numel():
-        launch_fwd(x, packed, bias, cache, stride, residual, y, config)
-    return y, x.new_empty((0,))
+    if repeats_frames(pad_mode):
+        x, weight, cache, pad_end = fold_time(x, weight, cache, pad_mode, pad_end)
+    o, c, _, kh, kw = weight.shape
+    packed, wide = pack_weight(weight), shape[-1]
+    edge = spatial_mode(pad_mode) if kh * kw > 1 else "zeros"
+    aligned = tuple(stride[1:]) == (1, 1) and x.shape[1] > 0
+    aligned = aligned and descriptors_can_address(x, cache, packed.permute(0, 2, 3, 4, 1))
+    arch, key = arch_for(x), {"c": c, "o": wide, "itemsize": x.element_size()}
+    config, border = select(arch, **key, aligned=aligned), None
+    if config.descriptors and edge != "zeros":
+        config, border = _with_border(config, select(arch, **key, aligned=False), x.shape[2:4], (kh, kw))
+    _check_span(config, (x, cache), residual, shape, unfold, (kh, kw), stride)
+    normed = epilogue == "rms_norm_silu"
+    # The norm is taken in registers where one program has all channels of a pixel, and by a pass of its own elsewhere.
+    fused = normed and wide <= config.block_n + config.block_n2
+    nothing = x.new_empty((0,))
+    y = x.new_empty(shape) if keep or not fused else nothing
+    z = x.new_empty(shape) if normed else nothing
+    if 0 not in shape:
+        places = o // wide
+        call = Call(
+            x, packed, bias, cache, tuple(stride), edge, repeats_frames(pad_mode), pad_end, residual, unfold,
+            (wide, 1) if epilogue == "interleave" else (1, places), (norm_weight, norm_eps) if fused else None,
+            y if y.numel() else None, z if fused else None,
+        )  # fmt: skip
+        launch_fwd(call, config, border)
+        if normed and not fused:
+            norm_kernels.launch_fwd(
+                y, z, norm_weight, norm_eps, True, norm_configs.select(arch, width=wide, itemsize=y.element_size())
+            )
+    return (y if keep else nothing), z

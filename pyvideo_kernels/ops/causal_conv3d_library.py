@@ -13,35 +13,13 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..reference import rms_norm_silu as norm_oracle
-from ..reference.causal_conv3d import output_shape, repeats_frames, shuffle_factor, spatial_mode, unfold_channels
+from ..reference.causal_conv3d import output_shape, shuffle_factor, spatial_mode, unfold_channels
 from ..reference.causal_conv3d import with_past as joined
-
-
-def fold_time(
-    x: Tensor, weight: Tensor, cache: Tensor | None, pad_mode: str, pad_end: int
-) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """``(x, weight, cache, pad_end)`` of the same convolution with fewer taps, where the clip is one frame long.
-
-    Where every frame of the only window is that frame (images, and the first frame of a clip by itself), the taps in
-    time are added up: a third of the products. The sums are rounded to the dtype of the weights once, each to its own
-    size, which is an error of the size that rounding the result makes. Where the frames before it are zeros, the taps
-    that would meet them are left out.
-    """
-    kt, cached = weight.shape[2], 0 if cache is None else cache.shape[1]
-    if kt == 1 or x.shape[1] + pad_end != 1:
-        return x, weight, cache, pad_end
-    if not repeats_frames(pad_mode):
-        # The end of a clip repeats its last frame, so that one is not the clip's only frame.
-        return (x, weight[:, :, kt - 1 - cached :], cache, pad_end) if pad_end == 0 else (x, weight, cache, pad_end)
-    if x.shape[1] + cached != 1:
-        return x, weight, cache, pad_end
-    frame = cache if cache is not None and cached else x
-    summed = weight.sum(2, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return frame, summed.to(weight.dtype), None, 0
+from .causal_conv3d import fold_time
 
 
 def padded(x: Tensor, cache: Tensor | None, weight: Tensor, pad_mode: str, pad_end: int) -> tuple[Tensor, list[int]]:
-    """``[past, x, repeats]`` as ``[B, C, T, H, W]`` in channels-last memory, and the zero padding left to the library."""
+    """``[past, x, repeats]`` as a ``[B, C, T, H, W]`` view of channels-last memory, and the padding that is left to do."""
     kt, kh, kw = weight.shape[2:]
     mode, ph, pw = spatial_mode(pad_mode), kh // 2, kw // 2
     if mode == "zeros" or (ph == 0 and pw == 0):

@@ -63,8 +63,9 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(randn(1, 2, 3, 3, 20, dtype=dtype, g=g), 16, (1, 1, 1))
     # 48 output channels: one tile of 32 and one of 16.
     yield case(randn(1, 1, 1, 1, 16, dtype=dtype, g=g), 48, (3, 3, 3), cached=2)
-    # The other ways to look beyond the clip. Wide enough for boxes that touch no edge.
-    yield case(randn(1, 2, 5, 28, 16, dtype=dtype, g=g), 16, (3, 3, 3), pad_mode="replicate", residual=True)
+    # The other ways to look beyond the clip. Large enough for a box that touches no edge.
+    yield case(randn(1, 1, 17, 33, 16, dtype=dtype, g=g), 16, (1, 3, 3), pad_mode="replicate")
+    yield case(randn(1, 2, 2, 3, 16, dtype=dtype, g=g), 16, (3, 3, 3), pad_mode="replicate", residual=True)
     yield case(randn(1, 1, 3, 2, 16, dtype=dtype, g=g), 16, (3, 3, 3), cached=1, pad_mode="reflect")
     yield case(randn(1, 1, 2, 3, 16, dtype=dtype, g=g), 16, (3, 3, 3), pad_mode="replicate")
     yield case(randn(1, 3, 2, 3, 16, dtype=dtype, g=g), 16, (3, 3, 3), cached=1, pad_mode="first_frame", pad_end=1)
