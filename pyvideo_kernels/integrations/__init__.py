@@ -32,6 +32,7 @@ _MODELS = {
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae",
     "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae",
     "AutoencoderKLLTXVideo": "pyvideo_kernels.integrations.diffusers.ltx_vae",
+    "AutoencoderKLCogVideoX": "pyvideo_kernels.integrations.diffusers.cogvideox_vae",
 }
 # diffusers pipeline class -> its components that are models of this table.
 _PIPELINES = {

@@ -16,6 +16,7 @@ STREAMS = {
     "AutoencoderKLWan": "pyvideo_kernels.integrations.diffusers.wan_vae_stream",
     "AutoencoderKLHunyuanVideo": "pyvideo_kernels.integrations.diffusers.hunyuan_video_vae_stream",
     "AutoencoderKLLTXVideo": "pyvideo_kernels.integrations.diffusers.ltx_vae_stream",
+    "AutoencoderKLCogVideoX": "pyvideo_kernels.integrations.diffusers.cogvideox_vae_stream",
 }
 
 

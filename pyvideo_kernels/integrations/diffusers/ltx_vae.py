@@ -19,7 +19,8 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
-from ..swap import Left, Plan, Settings, Swap, obstacle
+from ..planning import add, not_plain, odd_conv
+from ..swap import Plan, Settings, Swap, obstacle
 from . import ltx_vae_blocks as blocks
 from . import ltx_vae_forwards as forwards
 from . import ltx_vae_stream as stream
@@ -69,18 +70,18 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
         kind = next((base for base in type(module).__mro__ if base in _FORWARDS), None)
         if module is model:
             methods = {"_decode": stream._decode}
-            reason = _not_plain(module, AutoencoderKLLTXVideo) or obstacle(module, methods)
-            _add(result, settings, reason, wanted, Swap(place, module, None, (), "decodes as a stream", methods))
+            reason = not_plain(module, AutoencoderKLLTXVideo) or obstacle(module, methods)
+            add(result, settings, reason, wanted, Swap(place, module, None, (), "decodes as a stream", methods))
         if kind is None:
             continue
         forward, ops, note = _FORWARDS[kind]
         reason = _unfit(module, kind) or obstacle(module)
-        _add(result, settings, reason, ops or wanted, Swap(place, module, forward, ops, note))
+        add(result, settings, reason, ops or wanted, Swap(place, module, forward, ops, note))
         if kind is LTXVideoCausalConv3d and reason is None:
             op = _HEAD if module is head and _HEAD in settings.ops else _CONV
             conv: Any = module.conv
-            reason = _not_plain(conv, nn.Conv3d) or _odd_conv(conv) or obstacle(conv)
-            _add(result, settings, reason, (op,), Swap(f"{place}.conv", conv, forwards.kernel_forward, (op,)))
+            reason = not_plain(conv, nn.Conv3d) or odd_conv(conv, _half(conv)) or obstacle(conv)
+            add(result, settings, reason, (op,), Swap(f"{place}.conv", conv, forwards.kernel_forward, (op,)))
     if result.swaps:
         root = f"{path}." if path else ""
         result.kept += [
@@ -90,26 +91,8 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
     return result
 
 
-def _add(result: Plan, settings: Settings, reason: str | None, ops: Any, swap: Swap) -> None:
-    wanted = [op for op in ops if op in settings.ops]
-    if reason is not None:
-        result.left += [Left(swap.path, op, reason) for op in wanted]
-    elif wanted:
-        result.swaps.append(swap)
-
-
-def _not_plain(module: Any, kind: type[nn.Module]) -> str | None:
-    if type(module) is not kind:
-        home = type(module).__module__.partition(".")[0]
-        return f"it is a {home} {type(module).__name__}, not a plain {kind.__name__}"
-    for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) is not nn.Parameter:
-            return f"its {name} is a {type(parameter).__name__}"
-    return None
-
-
 def _unfit(module: Any, kind: type[nn.Module]) -> str | None:
-    reason = _not_plain(module, kind)
+    reason = not_plain(module, kind)
     if reason is None and kind is RMSNorm and (module.weight is not None or module.bias is not None):
         reason = "the norm has a weight"
     if reason is None and kind is LTXVideoCausalConv3d and module.kernel_size[0] not in (1, 3):
@@ -117,11 +100,6 @@ def _unfit(module: Any, kind: type[nn.Module]) -> str | None:
     return reason
 
 
-def _odd_conv(conv: Any) -> str | None:
-    """Why the op cannot be this convolution, or None: it pads odd kernels by half, with zeros."""
+def _half(conv: Any) -> tuple[int, ...]:
     _, kh, kw = conv.kernel_size
-    if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
-        return "it has groups, dilation or a padding other than zeros"
-    if kh % 2 == 0 or kw % 2 == 0 or tuple(conv.padding) != (0, kh // 2, kw // 2):
-        return "its padding is not half of an odd kernel"
-    return None
+    return 0, kh // 2, kw // 2
