@@ -69,7 +69,7 @@ def group_norm_silu(
 
 
 def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Clips, frames, tokens; 1 to 32 groups; odd sizes; a large mean; slices; low-resolution scale and shift."""
+    """Clips, frames, tokens; 1 to 8 groups; odd sizes; a large mean; slices; low-resolution scale and shift."""
     g = generator()
 
     def case(
@@ -96,12 +96,12 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             "per_frame": per_frame,
         }
 
-    yield case(randn(2, 2, 3, 5, 64, dtype=dtype, g=g), 32)
+    yield case(randn(2, 2, 5, 5, 32, dtype=dtype, g=g), 8)
     # Each frame by itself, cut from a longer clip; the mean is many times the deviation.
-    yield case(randn(2, 4, 3, 3, 24, dtype=dtype, g=g, mean=20.0)[:, 1:], 4, per_frame=True, wide=True)
+    yield case(randn(2, 3, 3, 3, 24, dtype=dtype, g=g, mean=20.0)[:, 1:], 2, per_frame=True, wide=True)
     # An odd number of frames, whose first stands apart, and an even one; sizes that do not divide.
-    yield case(randn(1, 5, 4, 6, 32, dtype=dtype, g=g), 8, (3, 2, 3))
+    yield case(randn(1, 5, 4, 6, 32, dtype=dtype, g=g), 4, (3, 2, 3))
     yield case(randn(2, 2, 3, 5, 12, dtype=dtype, g=g), 3, (1, 2, 3), silu=False, affine=False)
     # Tokens of a wider tensor; a group of one channel; one group of an odd width.
-    yield case(randn(2, 7, 24, dtype=dtype, g=g)[..., :16], 16, silu=False)
+    yield case(randn(2, 7, 24, dtype=dtype, g=g)[..., :5], 5, silu=False)
     yield case(randn(1, 37, 3, dtype=dtype, g=g), 1, eps=1e-2)
