@@ -18,11 +18,13 @@ from .swap import mark_of
 def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -> Tensor | None:
     """``make(weight, *options)`` of the parameter ``name``, made once; None where the op had better make it itself.
 
-    That is on the CPU, whose libraries have layouts of their own; inside a graph, which cannot see that a parameter
-    has changed; and where a hook brings the parameters for one forward alone.
+    That is inside a graph, which cannot see that a parameter has changed, and where a hook brings the parameters for
+    one forward alone.
     """
+    if torch.compiler.is_compiling() or _managed(module):
+        return None
     weight, mark = getattr(module, name), mark_of(module)
-    if mark is None or weight.device.type != "cuda" or torch.compiler.is_compiling() or _managed(module):
+    if mark is None:
         return None
     version = None if weight.is_inference() else weight._version
     key = (weight.data_ptr(), version, weight.device, weight.dtype, weight.shape, *options)
@@ -50,10 +52,11 @@ def _managed(module: Any) -> bool:
 
 def unhooked(module: Any) -> bool:
     """Whether nobody watches this module's calls: what it would take and return may then stay inside a fused op."""
-    return not (
-        _managed(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    return not (_managed(module) or watched(module))
+
+
+def watched(module: Any) -> bool:
+    """Whether somebody has registered a hook of torch's, which sees what the module takes or returns."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
 from torch import Tensor
 
 from ...errors import bad_option
-from ...nn.vae_stream import OP, VaeStream, as_dtype, check_latents
+from ...nn.vae_stream import OP, VaeStream, check_latents
+from ..clips import channels_first, channels_last
+from ..packing import watched
+from ..swap import ours
+from .wan_vae_forwards import Frames, finished
 
 
 class Stream(VaeStream):
@@ -18,11 +22,12 @@ class Stream(VaeStream):
     """
 
     fills = True
+    clamps = True
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
         config = vae.config
-        self.patch = config.patch_size or 1
+        self.patch = self.grain = config.patch_size or 1
         self.channels = config.out_channels // self.patch**2
         # What the modules do, whatever the configuration says of scale factors.
         self.ratio = 2 ** (len(config.dim_mult) - 1) * self.patch
@@ -47,8 +52,19 @@ class Stream(VaeStream):
         return [None] * self.vae._cached_conv_counts["decoder"]
 
     def step(self, z: Tensor, state: list[Any], *, first: bool, last: bool, out: Tensor | None = None) -> Tensor:
-        x = self.vae.decoder(self.vae.post_quant_conv(z), feat_cache=state, feat_idx=[0], first_chunk=first)
-        return _finished(x, self.patch, out)
+        return self._frames(z, state, first, Frames(self.patch, out))
+
+    def tile_step(self, z: Tensor, state: list[Any], *, first: bool, last: bool) -> Tensor:
+        return self._frames(z, state, first, Frames(self.patch, clamp=False))
+
+    def _frames(self, z: Tensor, state: list[Any], first: bool, frames: Frames) -> Tensor:
+        vae = self.vae
+        x = vae.post_quant_conv(channels_first(channels_last(z)))
+        given: dict[str, Any] = {"feat_cache": state, "feat_idx": [0], "first_chunk": first}
+        if ours(vae.decoder, WanDecoder3d) and not watched(vae.decoder):
+            made: Tensor = vae.decoder(x, **given, frames=frames)
+            return made
+        return finished(vae.decoder(x, **given), frames)
 
     def tiled(self, latents: Tensor) -> bool:
         vae = self.vae
@@ -58,19 +74,3 @@ class Stream(VaeStream):
 
 def _least(vae: Any) -> tuple[int, int]:
     return vae.tile_sample_min_height, vae.tile_sample_min_width
-
-
-def _finished(x: Tensor, patch: int, out: Tensor | None) -> Tensor:
-    """``unpatchify`` and clamp, in one pass into ``out`` where that can be."""
-    if patch > 1:
-        # [B, c * p * p, T, h, w] -> [B, c, T, h, p, w, p]: the second factor of the channels is the column.
-        x = x.unflatten(1, (-1, patch, patch)).permute(0, 1, 4, 5, 3, 6, 2)
-    if out is None:
-        x = x.clamp(-1, 1)
-        return x.flatten(5, 6).flatten(3, 4) if patch > 1 else x
-    into = out if patch == 1 else out.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
-    if out.dtype == x.dtype and out.device == x.device and not torch.compiler.is_compiling():
-        torch.clamp(x, -1, 1, out=into)
-    else:
-        into.copy_(as_dtype(x.clamp(-1, 1), out.dtype))
-    return out
