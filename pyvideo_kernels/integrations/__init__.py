@@ -40,6 +40,12 @@ _PIPELINES = {
     "WanImageToVideoPipeline": ("transformer", "transformer_2", "vae"),
     "HunyuanVideoPipeline": ("vae",),
     "HunyuanVideoImageToVideoPipeline": ("vae",),
+    "LTXPipeline": ("vae",),
+    "LTXImageToVideoPipeline": ("vae",),
+    "LTXConditionPipeline": ("vae",),
+    "CogVideoXPipeline": ("vae",),
+    "CogVideoXImageToVideoPipeline": ("vae",),
+    "CogVideoXVideoToVideoPipeline": ("vae",),
 }
 _PIPELINE_KEPT = [
     ("scheduler", "guidance and update fuse only in a sampling loop: pyvideo_kernels.sampler has one"),
@@ -66,8 +72,9 @@ def accelerate(
     not on its GPU yet is checked at its first call: call ``warmup(target)`` once it is there.
 
     Args:
-        target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel``, ``AutoencoderKLWan`` or
-            ``AutoencoderKLHunyuanVideo``; of ``HunyuanVideoPipeline`` and ``HunyuanVideoImageToVideoPipeline`` the VAE.
+        target: ``WanPipeline``, ``WanImageToVideoPipeline``, ``WanTransformer3DModel``, ``AutoencoderKLWan``,
+            ``AutoencoderKLHunyuanVideo``, ``AutoencoderKLLTXVideo`` or ``AutoencoderKLCogVideoX``; of the pipelines of
+            the last three, the VAE.
         ops: ``"all"``, or the names of the ops to use.
         attention: None keeps the model's own attention (its backend, context parallelism and caches with it);
             ``"dense"`` runs self-attention through ``spacetime_attention``, and so do ``"int8"`` and ``"fp8"`` in that

@@ -229,6 +229,7 @@ def _first_call(model: Any, target: Any, clip: tuple[int, int, int], device: tor
         getattr(target, f"vae_scale_factor_{axis}", None)
         or getattr(config, f"scale_factor_{axis}", None)
         or getattr(config, f"{axis}_compression_ratio", None)
+        or getattr(model, f"{axis}_compression_ratio", None)
         or default
         for axis, default in (("spatial", 8), ("temporal", 4))
     )
@@ -242,7 +243,10 @@ def _first_call(model: Any, target: Any, clip: tuple[int, int, int], device: tor
 
     channels = getattr(config, "z_dim", None) or getattr(config, "latent_channels", None)
     if channels is not None:
-        model.decode(zeros(1, channels, t, h, w), return_dict=False)
+        timestep = {"temb": zeros(1)} if getattr(config, "timestep_conditioning", False) else {}
+        # A decoder may draw noise (LTX-Video's); nobody else's draws are to change for it.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.decode(zeros(1, channels, t, h, w), return_dict=False, **timestep)
         return
     tokens = (t // pt) * (h // ph) * (w // pw)
     per_token = bool(getattr(getattr(target, "config", None), "expand_timesteps", False))

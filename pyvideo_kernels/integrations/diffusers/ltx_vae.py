@@ -51,8 +51,8 @@ _FORWARDS: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...], str]
     LTXVideoResnetBlock3d: (blocks.resnet_forward, (), "fuses the activations, modulations and its own sum"),
     LTXVideoDownsampler3d: (blocks.downsampler_forward, (), "keeps the layout"),
     LTXVideoUpsampler3d: (blocks.upsampler_forward, (), "fuses the pixel shuffle"),
-    LTXVideoMidBlock3d: (blocks.mid_block_forward, (), "embeds the timestep once a clip"),
-    LTXVideoUpBlock3d: (blocks.up_block_forward, (), "embeds the timestep once a clip"),
+    LTXVideoMidBlock3d: (blocks.mid_block_forward, (), "hands clips on; embeds the timestep once for each"),
+    LTXVideoUpBlock3d: (blocks.up_block_forward, (), "hands clips on; embeds the timestep once for each"),
     LTXVideoEncoder3d: (blocks.encoder_forward, (), "fuses its last activation"),
     LTXVideoDecoder3d: (blocks.decoder_forward, (), "fuses its last activation, convolution and patches"),
 }
@@ -84,10 +84,12 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
             add(result, settings, reason, (op,), Swap(f"{place}.conv", conv, forwards.kernel_forward, (op,)))
     if result.swaps:
         root = f"{path}." if path else ""
-        result.kept += [
-            (f"{root}*.time_embedder", "embeds one timestep a clip"),
-            (f"{root}*.norm3", "a layer norm at the few changes of width, on channels-last frames"),
-        ]
+        stock = {
+            "time_embedder": "runs once a clip",
+            "norm3": "the layer norm at a change of width, on channels-last frames",
+        }
+        present = {inner.rpartition(".")[2] for inner, _ in model.named_modules()}
+        result.kept += [(f"{root}*.{name}", why) for name, why in stock.items() if name in present]
     return result
 
 
