@@ -20,6 +20,7 @@ from typing import Any
 import pyvideo_kernels.benchmarks.report.plots as plots
 import pyvideo_kernels.benchmarks.report.tables as tables
 import pyvideo_kernels.benchmarks.results as results
+import pyvideo_kernels.benchmarks.vae.tables as vae
 from pyvideo_kernels.configs import tuned
 from pyvideo_kernels.error_types import PyVideoError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, exit_code
@@ -51,7 +52,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def merged(paths: Iterable[Path], *, dry: bool = False) -> list[dict[str, Any]]:
-    """The results of kind ops and e2e in these files, those of one machine, kind and dtype as one, GPUs first.
+    """The results of kind ops, e2e and vae in these files, those of one machine, kind and dtype as one, GPUs first.
 
     Args:
         dry: take dry results and no others (for the report of a dry campaign).
@@ -75,6 +76,11 @@ def merged(paths: Iterable[Path], *, dry: bool = False) -> list[dict[str, Any]]:
                     f"{path}: {tables.clip(result['settings'])} with the same settings and variants is in another file "
                     "of the same machine too; keep one"
                 )
+            found[key] = result
+        elif result["kind"] == "vae":
+            key = ("vae", tables.machine(result), vae.stem(result))
+            if key in found and not dry:
+                raise ValueOptionError(f"{path}: {vae.title(result['settings'])} is in another file too; keep one")
             found[key] = result
     return sorted(found.values(), key=lambda r: (r["provenance"]["device"] != "cuda", tables.machine(r)))
 
@@ -141,6 +147,8 @@ def render(folder: Path | None = None, drawn: Path | None = None, tables_in: Pat
         ("Ops on CPUs", "ops", "cpu", "No CPU result has been committed yet."),
         ("End to end on GPUs", "e2e", "cuda", "Nothing has been measured on a GPU yet."),
         ("End to end on CPUs", "e2e", "cpu", ""),
+        ("VAE decoders on GPUs", "vae", "cuda", ""),
+        ("VAE decoders on CPUs", "vae", "cpu", ""),
     ):
         chosen = [r for r in found if r["kind"] == kind and r["provenance"]["device"] == device]
         if chosen or nothing:
@@ -184,6 +192,9 @@ def write_text(path: Path, text: str) -> Path:
 def section(result: Mapping[str, Any], drawn: Path) -> str:
     """A result as a part of a page that lies beside ``plots/``."""
     title = tables.machine(result)
+    if result["kind"] == "vae":
+        parts = (f"### {title}: {vae.title(result['settings'])}", _where(result), *vae.sections(result["rows"]))
+        return "\n\n".join(part.strip("\n") for part in parts) + "\n"
     title += f": {tables.clip(result['settings'])}" if result["kind"] == "e2e" else f", {_dtypes(result['rows'])}"
     pictures = "".join(f"![{alt}](plots/{path.name})\n\n" for alt, path in _pictures(result, drawn))
     said = "".join(f"- {sentence}\n" for sentence in result.get("statements", ()))
@@ -202,7 +213,7 @@ def _where(result: Mapping[str, Any]) -> str:
     if where["device"] == "cuda":
         facts += [f"triton {where['triton']}", f"driver {where['driver']}", f"SM clock {where['clock_sm']}"]
     facts += [f"Python {where['python']}"]
-    if where.get("diffusers") and result["kind"] == "e2e":
+    if where.get("diffusers") and result["kind"] in ("e2e", "vae"):
         facts.append(f"diffusers {where['diffusers']}")
     revisions = ", ".join(f"`{revision}`" for revision in str(where["revision"]).split(", "))
     dirty = " with uncommitted changes" if where.get("dirty") else ""
@@ -213,7 +224,13 @@ def _where(result: Mapping[str, Any]) -> str:
     return text
 
 
+def _has_plots(result: Mapping[str, Any]) -> bool:
+    return result["kind"] != "vae"  # its tables say it all
+
+
 def _pictures(result: Mapping[str, Any], drawn: Path) -> Iterator[tuple[str, Path]]:
+    if not _has_plots(result):
+        return
     digest, start = plots.digest(result), stem(result)
     for path in sorted(drawn.glob(f"{start}-*.svg")):
         if plots.plot_digest(path) == digest:
@@ -267,6 +284,8 @@ def readme_section(folder: Path | None = None, drawn: Path | None = None) -> str
             if name == "speedup"
         ]
     for result in found:
+        if result["kind"] == "vae" and result["provenance"]["device"] == "cuda":
+            parts += [f"{tables.machine(result)}, {vae.title(result['settings'])}:", vae.variants(result["rows"])]
         if result["kind"] == "e2e" and result["provenance"]["device"] == "cuda":
             parts += [f"{tables.machine(result)}, {tables.clip(result['settings'])}:", tables.markdown(result)]
     lines = [part if part.startswith(("|", "!")) else textwrap.fill(part, 120) for part in parts]
@@ -309,7 +328,7 @@ def with_section(readme: str, section: str) -> str:
 def draw(found: Iterable[Mapping[str, Any]], drawn: Path) -> list[Path]:
     """Draw what is missing or stale, and remove plots of results that are no more."""
     kept: list[Path] = []
-    for result in found:
+    for result in filter(_has_plots, found):
         current = [path for _, path in _pictures(result, drawn)]
         kept += current or plots.write_all(result, drawn, stem(result))
     for path in drawn.glob("*.svg"):
@@ -335,7 +354,8 @@ def stale() -> list[str]:
     ]
     fresh = {path for result in found for _, path in _pictures(result, drawn)}
     out += [f"docs/plots/{path.name}" for path in sorted(drawn.glob("*.svg")) if path not in fresh]
-    return out + [f"the plots of {stem(result)}" for result in found if not any(_pictures(result, drawn))]
+    lacking = [result for result in found if _has_plots(result) and not any(_pictures(result, drawn))]
+    return out + [f"the plots of {stem(result)}" for result in lacking]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

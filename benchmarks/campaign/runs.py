@@ -142,11 +142,26 @@ def e2e(job: Job) -> Outcome:
     job.write(result)
     good = [row for row in result["rows"] if "error" not in row]
     wrong = [row for row in result["rows"] if "error" in row]
-    phase = "decode" if job.out.stem.startswith("decode") else "step"
-    text = ", ".join(f"{row['variant']} {row['seconds'][phase]['median']:.3f} s" for row in good)
-    text = f"{phase}: {text}" + (f"; {wrong[0]['variant']}: {wrong[0]['error']}"[:120] if wrong else "")
+    text = ", ".join(f"{row['variant']} {row['seconds']['step']['median']:.3f} s" for row in good)
+    text = f"step: {text}" + (f"; {wrong[0]['variant']}: {wrong[0]['error']}"[:120] if wrong else "")
     text += f"; no time for {', '.join(late)}" if late else ""
     return Outcome(text, len(wrong), unfinished=bool(late))
+
+
+def vae(job: Job) -> Outcome:
+    """A VAE's decoder alone, at its true size with random weights."""
+    from .. import vae as bench
+
+    parameters = {**job.parameters, "variants": tuple(job.parameters["variants"])}
+    seconds = max(1.0, job.seconds - _CLIP_MARGIN)
+    # The error against float32 costs a decode without tensor cores; the clip's own bench has it.
+    result = bench.run(bench.Request(device=job.device, seconds=seconds, float32=job.dry, **parameters))
+    job.write(result)
+    wrong = [row for row in result["rows"] if "error" in row]
+    text = ", ".join(f"{row['variant']} {row['seconds']:.3f} s" for row in result["rows"] if "seconds" in row)
+    return Outcome(
+        f"decode: {text}" + (f"; {wrong[0]['variant']}: {wrong[0]['error']}"[:120] if wrong else ""), len(wrong)
+    )
 
 
 def report(job: Job) -> Outcome:

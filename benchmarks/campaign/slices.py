@@ -202,7 +202,7 @@ def plan(*, dry: bool = False) -> list[Slice]:
         )  # fmt: skip
     out.append(_clip("e2e-wan2.1-1.3b-480p", 430, dry, variants=_VARIANTS, steps=4))
     out.append(_clip("e2e-wan2.1-1.3b-480p-attention", 170, dry, variants=_ATTENTIONS, steps=3, decode=False))
-    out.append(_decode("decode-wan2.1-480p", 250, dry, ("eager", "ours", "compile:vae=true")))
+    out.append(_vae("vae-wan2.1-480p", 120, dry, "wan2.1-1.3b", ("eager", "channels_last", "compile", "ours")))
     for op, entries in ops.items():
         if not entries:
             continue
@@ -217,7 +217,14 @@ def plan(*, dry: bool = False) -> list[Slice]:
         out.append(Slice(f"ops-{op}", "ops", f"{RUNS}:ops", _OPS.get(op, 40), parameters, measuring("ops"), ops=(op,)))
     out.append(_clip("e2e-wan2.1-14b-480p", 400, dry, model="wan2.1-14b", variants=("eager", "ours", "compile"),
                      steps=2, decode=False, float32=False))  # fmt: skip
-    out.append(_decode("decode-wan2.1-720p", 270, dry, ("eager", "ours"), height=720, width=1280))
+    for name, model, seconds in (
+        ("vae-wan2.1-720p", "wan2.1-14b", 90),
+        ("vae-wan2.2-704p", "wan2.2-5b", 150),
+        ("vae-hunyuanvideo-720p", "hunyuanvideo", 240),
+        ("vae-ltx-512p", "ltx", 45),
+        ("vae-cogvideox-480p", "cogvideox-5b", 90),
+    ):
+        out.append(_vae(name, seconds, dry, model, ("eager", "ours")))
     if dry:
         out = [replace(each, seconds=min(each.seconds, _DRY_SECONDS), least=None) for each in out]
     return out
@@ -232,6 +239,11 @@ _TUNING = {"spacetime_attention": 180, "causal_conv3d": 180}
 _CORRECTNESS = {"spacetime_attention": 90, "causal_conv3d": 45}
 _OPS = {"spacetime_attention": 100, "causal_conv3d": 90}
 _CLIP = {"model": "wan2.1-1.3b", "height": 480, "width": 832, "frames": 81, "decode": True, "float32": True}
+_DRY_VAE = {"model": "tiny-random-wan", "dtype": "fp32", "height": 32, "width": 32, "frames": 5}
+_VAE_OPS = (
+    "causal_conv3d", "rms_norm_silu", "group_norm_silu", "pixel_norm_silu", "upsample_conv2d", "vae_attention",
+    "decode_head",
+)  # fmt: skip
 _DRY_CLIP = {"model": "tiny-random-wan", "height": 32, "width": 32, "frames": 5, "steps": 1}
 
 
@@ -246,10 +258,16 @@ def _clip(name: str, seconds: float, dry: bool, ops: Iterable[str] = (), **param
     )  # fmt: skip
 
 
-def _decode(name: str, seconds: float, dry: bool, variants: tuple[str, ...], **size: int) -> Slice:
-    """The VAE's decode: a clip of a single step without guidance, so that decoding is most of it."""
-    return _clip(name, seconds, dry, ("rms_norm_silu", "causal_conv3d"), variants=variants, steps=1, guidance=1.0,
-                 float32=False, **size)  # fmt: skip
+def _vae(name: str, seconds: float, dry: bool, model: str, variants: tuple[str, ...]) -> Slice:
+    """A VAE's decoder alone, at its model's own clip."""
+    parameters: dict[str, Any] = {"model": model, "variants": variants, "dtype": "bf16"}
+    if dry:
+        parameters |= {**_DRY_VAE, "variants": ("eager", "ours")}
+    architecture = ROOT / "benchmarks" / "models" / "architectures" / f"{parameters['model']}.json"
+    return Slice(
+        name, "vae", f"{RUNS}:vae", seconds, parameters, (*measuring("vae"), architecture), ops=_VAE_OPS,
+        needs=("diffusers", "transformers"), alone=True,
+    )  # fmt: skip
 
 
 def slug(name: str) -> str:

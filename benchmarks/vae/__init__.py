@@ -176,7 +176,7 @@ def command(request: Request, output: Path) -> None:
         raise Interrupted(phase, partial) from None
     page = markdown(result)
     paths = [results.write(output / f"{stem(result)}.json", result)]
-    paths.append(write_bytes(output / f"{stem(result)}.md", lambda path: path.write_text(page, encoding="utf-8")))
+    paths.append(write_bytes(output / f"{stem(result)}.md", lambda path: _write(path, page)))
     for path in partial:
         path.unlink(missing_ok=True)
     console("done", {"page": page})
@@ -187,3 +187,7 @@ def command(request: Request, output: Path) -> None:
     wrong = any(row.get("wrong") for row in result["rows"])
     if wrong or "eager" in errors or (others and others <= errors):
         raise typer.Exit(Exit.FAILED)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

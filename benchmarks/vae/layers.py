@@ -63,7 +63,7 @@ class LayerTimes:
 
     def rows(self, total: float) -> list[dict[str, Any]]:
         """Name, calls and seconds of each layer, and of what is in none; the clock must have been synchronised."""
-        out = [
+        out: list[dict[str, Any]] = [
             {"layer": path, "calls": len(marks), "seconds": sum(self.clock.seconds(*pair) for pair in marks)}
             for path, marks in ((path, self.marks.get(path, [])) for path in self.parts)
             if marks

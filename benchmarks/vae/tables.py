@@ -28,9 +28,13 @@ def stem(result: Mapping[str, Any]) -> str:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of variants, what the decode asks for, and the table of layers."""
-    rows = result["rows"]
-    parts = [f"# {title(result['settings'])}, {tables.machine(result)}", variants(rows), counts(rows), layers(rows)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [f"# {title(result['settings'])}, {tables.machine(result)}", *sections(result["rows"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def sections(rows: list[dict[str, Any]]) -> list[str]:
+    """The tables that there are."""
+    return [part for part in (variants(rows), counts(rows), layers(rows)) if part]
 
 
 def variants(rows: list[dict[str, Any]]) -> str:
