@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ModelError
-from ..nn.streaming_vae_decoder import decode_clip
+from ..nn.streaming_vae_decoder import decode_clip, records
+from ..nn.tiling import tile_of_flags
 from ..nn.vae_stream import VaeStream
 
 # diffusers model class -> the file with its ``Stream``.
@@ -36,7 +37,10 @@ def _decode(self: Any, z: Tensor, return_dict: bool = True) -> Any:
 
     stream = stream_of(self)
     stream.check(z)
+    tiling = None
     if stream.tiled(z):
-        return type(self)._decode(self, z, return_dict=return_dict)
-    frames = decode_clip(stream, z)
+        if records(stream, z):
+            return type(self)._decode(self, z, return_dict=return_dict)
+        tiling = tile_of_flags(stream)
+    frames = decode_clip(stream, z, tiling=tiling)
     return DecoderOutput(sample=frames) if return_dict else (frames,)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import autocasting
-from ..errors import DeviceError, DTypeError, UnsupportedError, bad_shape, check_tensor, describe
+from ..errors import DeviceError, DTypeError, bad_shape, check_tensor, describe
+from .tiled import decoded, tell
+from .tiling import TilePlan, check_tiling
 from .vae_stream import OP, VaeStream, as_dtype, check_chunk
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
@@ -30,18 +32,20 @@ class StreamingVaeDecoder:
         vae: ``AutoencoderKLWan`` (2.1, 2.2). It is accelerated in place, as by ``accelerate(vae, impl=impl)``, unless
             it is already with this ``impl``; ``restore(vae)`` undoes that.
         impl: of the ops; ``auto`` leaves an accelerated VAE as it is.
-        tiling: None decodes whole frames, whatever the flags of the VAE.
+        tiling: None decodes whole frames, whatever the flags of the VAE. ``"auto"`` measures what they take, and
+            where that is more than there is, takes the tiles that fit with the fewest FLOPs. A
+            `pyvideo_kernels.nn.TilePlan` decodes in those tiles. Where memory runs out with None or ``"auto"``, the
+            clip is decoded again in tiles, which is said aloud, and goes on with the frame that it stopped at.
     Raises:
         ModelError: a model this package does not know.
-        UnsupportedError: ``tiling`` is not None.
+        ValueOptionError: ``tiling`` is something else.
     """
 
     def __init__(self, vae: Any, *, impl: str = "auto", tiling: Any = None) -> None:
         from ..integrations import accelerate, streams
         from ..integrations.swap import swapped
 
-        if tiling is not None:
-            raise UnsupportedError(f"{OP}: `tiling` must be None: whole frames are decoded; got {tiling!r}")
+        check_tiling(tiling)
         vae = getattr(vae, "_orig_mod", vae)
         self._stream = streams.stream_of(vae)
         present = next((settings for _, _, settings in swapped(vae)), None)
@@ -50,6 +54,9 @@ class StreamingVaeDecoder:
         elif impl not in ("auto", present.impl):
             accelerate(vae, impl=impl, ops=present.ops, strict=present.strict)
         self.vae = vae
+        self.tiling = tiling
+        self.say = tell
+        """Told when tiles are taken for want of memory: a warning, unless it is set to something else."""
 
     def stream(
         self, latents: Tensor, *, chunk: int = 1, dtype: torch.dtype | None = None, **given: Any
@@ -73,14 +80,11 @@ class StreamingVaeDecoder:
         self, stream: VaeStream, latents: Tensor, chunk: int, dtype: torch.dtype | None, given: dict[str, Any]
     ) -> Iterator[Tensor]:
         _fetch(self.vae)
-        state = stream.new_state(**given)
-        steps = stream.steps(latents.shape[2], chunk)
-        for run in steps:
-            # Not around the yield: the caller's grad mode is the caller's.
-            with torch.no_grad():
-                frames = _step(stream, latents, state, run, run == steps[-1], dtype)
-            if frames.shape[2]:
-                yield frames
+
+        def whole() -> Iterator[Tensor]:
+            return _whole(stream, latents, chunk, dtype, given)
+
+        yield from decoded(stream, latents, chunk, self.tiling, whole, dtype=dtype, given=given, say=self.say)
 
     @torch.no_grad()
     def decode(
@@ -103,7 +107,9 @@ class StreamingVaeDecoder:
         if out is not None:
             _check_out(stream, latents, dtype, out)
         _fetch(self.vae)
-        return decode_clip(stream, latents, chunk=chunk, dtype=dtype, out=out, **given)
+        return decode_clip(
+            stream, latents, chunk=chunk, dtype=dtype, out=out, tiling=self.tiling, say=self.say, **given
+        )
 
 
 def decode_clip(
@@ -113,36 +119,71 @@ def decode_clip(
     chunk: int | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    tiling: Any = None,
+    say: Callable[[str], None] = tell,
     **given: Any,
 ) -> Tensor:
     """The frames of a clip in one tensor; arguments as in `StreamingVaeDecoder.decode`, checked by the caller."""
-    steps = stream.steps(latents.shape[2], chunk or 1)
-    dtype = dtype if out is None else out.dtype
-    state = stream.new_state(**given)
-    if out is None and torch.is_grad_enabled() and (latents.requires_grad or _trains(stream.vae)):
+    chunk = chunk or 1
+    if out is None and tiling is None and records(stream, latents):
         # Writing into slices would record every slice of the whole.
+        steps, state = stream.steps(latents.shape[2], chunk), stream.new_state(**given)
         return torch.cat([_step(stream, latents, state, run, run == steps[-1], dtype) for run in steps], 2)
-    # Under autocast the dtype of the frames is not known before there are some.
-    fills = stream.fills and not autocasting(latents)
-    if out is None and fills:
+    dtype = dtype if out is None else out.dtype
+    if out is None and not autocasting(latents):
+        # Under autocast the dtype of the frames is not known before there are some.
+        shape = _shape(stream, latents)
+        if isinstance(tiling, TilePlan):
+            # Flags of a VAE may cut tiles that do not add up to whole frames.
+            shape = (*shape[:3], *tiling.size(stream, *latents.shape[3:]))
         where = _where(stream.vae, latents)
-        out = latents.new_empty(_shape(stream, latents), dtype=dtype or latents.dtype, device=where)
+        out = latents.new_empty(shape, dtype=dtype or latents.dtype, device=where)
+
+    def whole() -> Iterator[Tensor]:
+        return _whole(stream, latents, chunk, dtype, given, out)
+
+    if torch.compiler.is_compiling() and tiling is None:
+        pieces = whole()
+    else:
+        pieces = decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, out=out, say=say)
+    done = 0
+    for frames in pieces:
+        if out is None:
+            out = frames.new_empty((*frames.shape[:2], stream.frames(latents.shape[2]), *frames.shape[3:]))
+        into = out[:, :, done : done + frames.shape[2]]
+        if into.data_ptr() != frames.data_ptr():
+            into.copy_(frames)
+        done += frames.shape[2]
+    assert out is not None
+    return out
+
+
+def _whole(
+    stream: VaeStream,
+    latents: Tensor,
+    chunk: int,
+    dtype: torch.dtype | None,
+    given: dict[str, Any],
+    out: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Whole frames as they are ready; slices of ``out`` where that is given."""
+    steps, state = stream.steps(latents.shape[2], chunk), stream.new_state(**given)
     done = 0
     for run in steps:
         # Runs may overlap (HunyuanVideo's temporal tiles): the last one is not the first to reach the end.
-        last = run == steps[-1]
-        if fills and out is not None:
-            ready = stream.frames(run[1]) - stream.frames(run[0])
-            _step(stream, latents, state, run, last, dtype, out[:, :, done : done + ready])
-        else:
-            frames = _step(stream, latents, state, run, last, dtype)
-            ready = frames.shape[2]
-            if out is None:
-                out = frames.new_empty(_shape(stream, latents))
-            out[:, :, done : done + ready].copy_(frames)
-        done += ready
-    assert out is not None
-    return out
+        last, into = run == steps[-1], None
+        if out is not None and stream.fills:
+            into = out[:, :, done : done + stream.frames(run[1]) - stream.frames(run[0])]
+        # Not around the yield: the caller's grad mode is the caller's.
+        with torch.no_grad():
+            frames = _step(stream, latents, state, run, last, dtype, into)
+            if out is not None and into is None:
+                frames = out[:, :, done : done + frames.shape[2]].copy_(frames)
+        done += frames.shape[2]
+        if frames.shape[2]:
+            yield frames
+        # The caller's now: it would count against the next step.
+        del frames
 
 
 def _step(
@@ -186,8 +227,11 @@ def _check_out(stream: VaeStream, latents: Tensor, dtype: torch.dtype | None, ou
         raise DeviceError(f"{OP}: `out` must be on {latents.device} like `latents`; got {describe(out)}")
 
 
-def _trains(vae: Any) -> bool:
-    return any(parameter.requires_grad for parameter in vae.parameters())
+def records(stream: VaeStream, latents: Tensor) -> bool:
+    """Whether a decode of these latents now would record gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return latents.requires_grad or any(parameter.requires_grad for parameter in stream.vae.parameters())
 
 
 def _where(vae: Any, latents: Tensor) -> torch.device:

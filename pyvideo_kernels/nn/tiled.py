@@ -50,12 +50,7 @@ class Tiled:
         height, width = stream.size(1, 1)
         self.rows = plan.spans(0, latents.shape[3], height, stream.grain)
         self.columns = plan.spans(1, latents.shape[4], width, stream.grain)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Pixels of a frame; those of whole frames, unless the VAE's flags cut the tiles otherwise."""
-        last_row, last_column = self.rows[-1], self.columns[-1]
-        return last_row.place + last_row.own, last_column.place + last_column.own
+        self.size = plan.size(stream, *latents.shape[3:])
 
     def frames(self) -> Iterator[Tensor]:
         """``[B, C, t, H, W]``, run by run."""

@@ -106,8 +106,14 @@ class TilePlan:
                 break
         return spans
 
+    def size(self, stream: VaeStream, height: int, width: int) -> tuple[int, int]:
+        """Pixels of the frames: whole ones, unless the flags of a VAE cut tiles that do not add up to them."""
+        ratio = stream.size(1, 1)
+        last = [self.spans(axis, n, ratio[axis])[-1] for axis, n in enumerate((height, width))]
+        return last[0].place + last[0].own, last[1].place + last[1].own
+
     def describe(self, stream: VaeStream) -> str:
-        """``tiles of 256×256 pixels``, width first."""
+        """``tiles of 256×256 pixels``: width, then height."""
         height, width = stream.size(*self.tile)
         return f"tiles of {width}×{height} pixels"
 
