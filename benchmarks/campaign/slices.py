@@ -96,6 +96,11 @@ class Slice:
         return out.hexdigest()[:16]
 
 
+def _home(op: str) -> str:
+    """The name that an op's files bear."""
+    return op if (ROOT / "pyvideo_kernels" / "ops" / f"{op}.py").is_file() else op.rstrip("_")
+
+
 def _content(path: Path) -> str:
     try:
         stat = path.stat()
@@ -110,7 +115,9 @@ def _digest(path: Path, mtime: int, size: int) -> str:
 
 
 def _forward(op: str) -> str:
-    return op.removesuffix("_backward").rstrip("_")
+    """The op that a backward or an in-place op goes with; one that is in place alone goes by itself."""
+    name = op.removesuffix("_backward")
+    return name.rstrip("_") if name.rstrip("_") in OPS else name
 
 
 def _tuned_rows(path: Path) -> list[dict[str, Any]]:
@@ -123,8 +130,9 @@ def _tuned_rows(path: Path) -> list[dict[str, Any]]:
 def sources(op: str) -> set[Path]:
     """Files behind every implementation of an op: what it is checked against, its kernels, what they borrow."""
     package = ROOT / "pyvideo_kernels"
-    out = {package / "ops" / f"{op}.py", package / "reference" / f"{op}.py", package / "testing" / "compare.py"}
-    out |= {path for part in (op, "common") for path in (ROOT / "csrc" / part).rglob("*") if path.is_file()}
+    home = _home(op)
+    out = {package / "ops" / f"{home}.py", package / "reference" / f"{home}.py", package / "testing" / "compare.py"}
+    out |= {path for part in (home, "common") for path in (ROOT / "csrc" / part).rglob("*") if path.is_file()}
     for name in (name for name in OPS if _forward(name) == op):
         if "triton" in OPS[name].impls:
             out.update(verdicts.sources(OPS[name].impls["triton"].partition(":")[0]))
@@ -197,7 +205,7 @@ def plan(*, dry: bool = False) -> list[Slice]:
         out.append(
             Slice(
                 f"correctness-{op}", "correctness", f"{RUNS}:correctness", _CORRECTNESS.get(op, 25), {"op": op},
-                (tests / f"test_{op}.py", tests / "helpers.py"), ops=(op,), needs=("pytest",),
+                (tests / f"test_{_home(op)}.py", tests / "helpers.py"), ops=(op,), needs=("pytest",),
             )
         )  # fmt: skip
     out.append(_clip("e2e-wan2.1-1.3b-480p", 430, dry, variants=_VARIANTS, steps=4))
@@ -242,7 +250,7 @@ _CLIP = {"model": "wan2.1-1.3b", "height": 480, "width": 832, "frames": 81, "dec
 _DRY_VAE = {"model": "tiny-random-wan", "dtype": "fp32", "height": 32, "width": 32, "frames": 5}
 _VAE_OPS = (
     "causal_conv3d", "rms_norm_silu", "group_norm_silu", "pixel_norm_silu", "upsample_conv2d", "vae_attention",
-    "decode_head",
+    "decode_head_",
 )  # fmt: skip
 _DRY_CLIP = {"model": "tiny-random-wan", "height": 32, "width": 32, "frames": 5, "steps": 1}
 
@@ -266,7 +274,7 @@ def _vae(name: str, seconds: float, dry: bool, model: str, variants: tuple[str, 
     architecture = ROOT / "benchmarks" / "models" / "architectures" / f"{parameters['model']}.json"
     return Slice(
         name, "vae", f"{RUNS}:vae", seconds, parameters, (*measuring("vae"), architecture), ops=_VAE_OPS,
-        needs=("diffusers", "transformers"), alone=True,
+        needs=("diffusers", "transformers"), alone=not dry,
     )  # fmt: skip
 
 

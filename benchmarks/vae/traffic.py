@@ -140,4 +140,26 @@ def _conv(call: dict[str, Any], out: Any) -> int:
     return 2 * y.numel() // y.shape[-1] * filters * call["weight"][0].numel()
 
 
-_OURS: dict[str, Callable[[dict[str, Any], Any], int]] = {"causal_conv3d": _conv}
+def _upsample(call: dict[str, Any], out: Any) -> int:
+    """Phases: two taps a dimension that doubles, for each output element; all taps of time where that does not."""
+    o, c, *taps = call["weight"].shape
+    time = 2 if call["time_factor"] == 2 else taps[0] if len(taps) == 3 else 1
+    return 2 * out.numel() * c * time * 4
+
+
+def _head(call: dict[str, Any], out: Any) -> int:
+    return 2 * call["out"].numel() * call["weight"][0].numel()
+
+
+def _attention(call: dict[str, Any], out: Any) -> int:
+    b, t, s, d = call["q"].shape
+    pairs = t * (t + 1) // 2 if call["causal"] else t
+    return 4 * b * pairs * s * s * d
+
+
+_OURS: dict[str, Callable[[dict[str, Any], Any], int]] = {
+    "causal_conv3d": _conv,
+    "upsample_conv2d": _upsample,
+    "decode_head_": _head,
+    "vae_attention": _attention,
+}
