@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .recording import Recorder
     from .schemas import Op
 
-IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash")
+IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash", "cudnn")
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "cpu": ("cpu", "reference"),
@@ -107,8 +108,8 @@ def check_runs_on(op: Op, impl: str, device: torch.device) -> None:
         raise DeviceError(f"{op.name}: impl 'cuda' needs CUDA tensors; got {device}")
     if impl == "cpu" and device.type != "cpu":
         raise DeviceError(f"{op.name}: impl 'cpu' needs CPU tensors; got {device}")
-    if impl == "flash" and device.type != "cuda":
-        raise DeviceError(f"{op.name}: impl 'flash' needs CUDA tensors; got {device}")
+    if impl in verdicts.LIBRARIES and device.type != "cuda":
+        raise DeviceError(f"{op.name}: impl {impl!r} needs CUDA tensors; got {device}")
 
 
 def autocasting(x: Tensor) -> bool:
@@ -142,7 +143,7 @@ def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
         return result
     reasons = []
     head_dim = op.head_dim(inputs)
-    for candidate in order(op, tensor.device, tensor.dtype, head_dim):
+    for candidate in order(op, tensor.device, tensor.dtype, head_dim, inputs):
         try:
             if verdicts.needs_check(candidate) and not trusted(op, candidate, tensor.device, tensor.dtype, head_dim):
                 reasons.append(f"{candidate}: not verified on this device")
@@ -157,22 +158,48 @@ def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
 
 
 def order(
-    op: Op, device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+    op: Op,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    args: Sequence[Any] | None = None,
 ) -> tuple[str, ...]:
     """Implementations ``auto`` tries on ``device``, first choice first.
 
-    ``dtype``, ``head_dim``: of the call, where a measurement changes the order for them.
+    ``dtype``, ``head_dim``: of the call, where a measurement changes the order for them. ``args``: of the call, in
+    schema order, where an op's row has a function that puts the implementations in order for them.
     """
+    return _ordered(op, device, dtype, head_dim, args)[0]
+
+
+def _ordered(
+    op: Op, device: torch.device, dtype: torch.dtype | None, head_dim: int | None, args: Sequence[Any] | None
+) -> tuple[tuple[str, ...], str]:
+    """`order`, and what the arguments have changed about it."""
     choices = op.auto.get(device.type) or AUTO_ORDER.get(device.type, ("reference",))
     if "flash" in choices and dtype is not None and head_dim is not None:
         from .ops import attention_libraries
 
         choices = attention_libraries.in_order(choices, device, dtype, head_dim)
-    return tuple(impl for impl in choices if impl in op.impls)
+    choices, why = tuple(impl for impl in choices if impl in op.impls), ""
+    if op.in_order and args is not None:
+        choices, why = _in_order(op.in_order)(choices, args)
+    return choices, why
+
+
+@functools.cache
+def _in_order(place: str) -> Callable[..., tuple[tuple[str, ...], str]]:
+    module, _, function = place.partition(":")
+    found: Callable[..., tuple[tuple[str, ...], str]] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _require(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
     """What ``impl`` hands over to, empty if it is ours; raises UnsupportedError where that does not serve this."""
+    if impl == "cudnn":
+        from .ops import causal_conv3d_library
+
+        return causal_conv3d_library.cudnn_for_auto()
     if impl != "flash":
         return ""
     from .ops import flash_attention
@@ -186,14 +213,18 @@ _WHAT = {
 }
 
 
-def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, bool, str]]:
+def explain(
+    op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16, args: Sequence[Any] | None = None
+) -> list[tuple[str, bool, str]]:
     """For each implementation in ``auto``'s order: would it be bound on ``device``, and why or why not.
 
-    Attention is judged at the larger head_dim of those that models have.
+    Attention is judged at the larger head_dim of those that models have. ``args``: of one call, in schema order: the
+    order for it, and in the first row what has changed the order.
     """
     rows = []
     head_dim = None if op.heads is None else HEAD_DIMS[-1]
-    for impl in order(op, device, dtype, head_dim):
+    choices, changed = _ordered(op, device, dtype, head_dim, args)
+    for impl in choices:
         try:
             library = _require(impl, device, dtype, head_dim)
             load(op, impl)
@@ -213,6 +244,9 @@ def explain(op: Op, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
             rows.append((impl, True, "tested on this architecture"))
         else:
             rows.append((impl, *_standing(op, impl, device, dtype)))
+    if changed:
+        impl, usable, why = rows[0]
+        rows[0] = (impl, usable, f"{why}; {changed}")
     return rows
 
 

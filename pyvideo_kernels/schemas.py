@@ -36,6 +36,8 @@ class Op:
     saves_outputs: bool = False
     # Order in which ``impl="auto"`` tries implementations, by device type; absent: dispatch.AUTO_ORDER.
     auto: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # ``"module:function"`` of (choices, args) -> (choices in the order for these args, why); empty: as in ``auto``.
+    in_order: str = ""
     # The argument ``[B, S, heads, head_dim]`` of an op whose kernels are compiled for one head_dim; None: no such op.
     heads: str | None = None
 
@@ -242,7 +244,13 @@ _ROWS: tuple[Op, ...] = (
         "-> (Tensor, Tensor)",
         fakes.causal_conv3d,
         # On the CPU the library's convolution is the kernel, called past torch's own choice of algorithm.
-        {**_impls("causal_conv3d", "triton"), "cpu": "pyvideo_kernels.ops.causal_conv3d_library:causal_conv3d_cpu"},
+        {
+            **_impls("causal_conv3d", "triton"),
+            "cudnn": "pyvideo_kernels.ops.causal_conv3d_library:causal_conv3d_cudnn",
+            "cpu": "pyvideo_kernels.ops.causal_conv3d_library:causal_conv3d_cpu",
+        },
+        auto={"cuda": ("triton", "cudnn", "reference")},
+        in_order="pyvideo_kernels.ops.causal_conv3d_library:in_order",
     ),
     Op(
         "blend_tile_",

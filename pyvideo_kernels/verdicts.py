@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 VERIFIED = Path(__file__).with_name("verified.json")
 
-LIBRARIES = ("flash",)
+LIBRARIES = ("flash", "cudnn")
 """Implementations that are another project's binary; each takes only a part of what its op does."""
 
 _PACKAGE = "pyvideo_kernels"
@@ -91,6 +91,10 @@ def _digest(name: str, impl: str, module: str) -> str:
 
 def digest(op: Op, impl: str) -> str:
     """Digest of what ``impl`` is made of here: the op's Triton sources and configurations, the extension, a library."""
+    if impl == "cudnn":
+        from .collect_env import cudnn_version
+
+        return f"cuDNN {cudnn_version()}"
     if impl in LIBRARIES:
         from .ops import flash_attention
 

@@ -152,7 +152,7 @@ def verify_calls(calls: Sequence[Call], advance: Callable[[], None] = lambda: No
     rows: list[Row] = []
     for call in calls:
         op = call.op
-        for impl in dispatch.order(op, call.device, call.dtype, call.head_dim):
+        for impl in dispatch.order(op, call.device, call.dtype, call.head_dim, call.args):
             of = (op.name, impl, call.device, call.dtype, call.head_dim)
             if impl != "reference" and of not in known:
                 known[of] = canary(op, impl, call.device, call.dtype, call.head_dim)

@@ -43,15 +43,18 @@ class Checked:
 def check(names: Iterable[str], device: torch.device, dtype: torch.dtype, head_dim: int | None) -> list[Checked]:
     """Settle what ``auto`` will run of these ops: each implementation in its order, up to the first that is trusted.
 
+    Of an op whose order depends on the call, all that any call may run.
     On a CPU nothing needs a check; the answer names what runs.
     """
     out = []
     for name in names:
         op = OPS[name]
         size = head_dim if op.heads is not None else None
-        for impl in dispatch.order(op, device, dtype, size):
+        order = dispatch.order(op, device, dtype, size)
+        for position, impl in enumerate(order):
             out.append(_one(name, impl, device, dtype, size))
-            if out[-1].trusted:
+            more = op.in_order and any(verdicts.needs_check(later) for later in order[position + 1 :])
+            if out[-1].trusted and not more:
                 break
     return out
 

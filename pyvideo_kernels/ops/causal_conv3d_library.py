@@ -7,6 +7,7 @@ repeated or mirrored (one copy of the clip that is as large as it will be), and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .causal_conv3d import fold_time
 
 
 def padded(x: Tensor, cache: Tensor | None, weight: Tensor, pad_mode: str, pad_end: int) -> tuple[Tensor, list[int]]:
-    """``[past, x, repeats]`` as a ``[B, C, T, H, W]`` view of channels-last memory, and the padding that is left to do."""
+    """``[past, x, repeats]`` as a ``[B, C, T, H, W]`` view of channels-last memory, and the zeros that it lacks."""
     kt, kh, kw = weight.shape[2:]
     mode, ph, pw = spatial_mode(pad_mode), kh // 2, kw // 2
     if mode == "zeros" or (ph == 0 and pw == 0):
@@ -71,8 +72,11 @@ def _finished(
 def _norm_silu(y: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
     from .. import _native
 
+    if y.device.type == "cuda":
+        z: Tensor = torch.ops.pyvideo.rms_norm_silu(y, norm_weight, norm_eps, True, "auto")
+        return z
     try:
-        z: Tensor = _native.rms_norm_silu(y, norm_weight, norm_eps, True)
+        z = _native.rms_norm_silu(y, norm_weight, norm_eps, True)
     except UnsupportedError:
         z = norm_oracle.rms_norm_silu(y, norm_weight, norm_eps, True)
     return z
@@ -122,3 +126,103 @@ def causal_conv3d_cpu(
             frames, other, weight, bias, *window, "add", 1.0, None, [], None
         )
     return _finished(y.permute(0, 2, 3, 4, 1), x, epilogue, factor, norm_weight, norm_eps, keep)
+
+
+# cuDNN ----------------------------------------------------------------------------------------------------------------
+
+CUDNN_CHANNELS, CUDNN_TAPS = 256, 9
+"""From so many channels on either side, and taps, cuDNN's convolution is taken first for 16-bit clips. It is reported
+near the peak of the tensor cores there, which pays for what it needs beside (a copy that joins cache and clip, passes
+for the bias, the residual and the epilogue), and far from it at 96 and 192 channels. Not our measurement."""
+
+_CUDNN_KNOWN = ("conv3d-wrong", "conv3d-slow")
+
+
+def cudnn_label() -> str:
+    """``cuDNN 9.15.1``; raises UnsupportedError where torch has none to call."""
+    from ..collect_env import cudnn_version
+
+    version = cudnn_version()
+    if version is None:
+        raise UnsupportedError("causal_conv3d: impl 'cudnn' needs a torch that is built with cuDNN; use impl='triton'")
+    if not torch.backends.cudnn.enabled:
+        raise UnsupportedError("causal_conv3d: impl 'cudnn' is off; set torch.backends.cudnn.enabled = True")
+    return f"cuDNN {version}"
+
+
+def cudnn_problem() -> str:
+    """The known problem of this torch with its cuDNN in 3-D convolutions, by name; empty without one."""
+    from .. import known_bad
+    from ..collect_env import cudnn_version
+
+    versions = {"torch": torch.__version__, "cudnn": cudnn_version()}
+    # Which card it is does not matter to these rows.
+    setup = known_bad.Setup(versions, archs=("any",))
+    found = (problem.name for problem in known_bad.problems(setup) if problem.name in _CUDNN_KNOWN)
+    return next(found, "")
+
+
+def cudnn_for_auto() -> str:
+    """What `dispatch.explain` says of cuDNN here; raises UnsupportedError where ``auto`` must not take it."""
+    label = cudnn_label()
+    if problem := cudnn_problem():
+        raise UnsupportedError(f"causal_conv3d: `auto` leaves {label} out: {_effect(problem)} ({problem}, see doctor)")
+    return f"{label}, first from {CUDNN_CHANNELS} channels on"
+
+
+def in_order(choices: tuple[str, ...], args: Sequence[Any]) -> tuple[tuple[str, ...], str]:
+    """``auto``'s order for a call's arguments, and why where it is another than usual.
+
+    cuDNN first where it is known to be the faster one; not at all with a cuDNN that is known to be wrong or slow.
+    """
+    x, weight = args[0], args[1]
+    if "cudnn" not in choices:
+        return choices, ""
+    if problem := cudnn_problem():
+        rest = tuple(impl for impl in choices if impl != "cudnn")
+        return rest, f"cuDNN is left out: {_effect(problem)} ({problem}, see doctor)"
+    o, c, *taps = weight.shape
+    if x.element_size() == 2 and min(o, c) >= CUDNN_CHANNELS and taps[0] * taps[1] * taps[2] >= CUDNN_TAPS:
+        first = ("cudnn", *(impl for impl in choices if impl != "cudnn"))
+        return first, f"cuDNN first: {c} and {o} channels are at least {CUDNN_CHANNELS}"
+    return choices, ""
+
+
+def _effect(problem: str) -> str:
+    return f"known to be {problem.rpartition('-')[2]} in 3-D convolutions"
+
+
+def causal_conv3d_cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor | None,
+    stride: Sequence[int],
+    pad_mode: str,
+    pad_end: int,
+    residual: Tensor | None,
+    epilogue: str | None,
+    factor: Sequence[int],
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """``impl="cudnn"``: torch's convolution on channels-last clips, and a pass each for what it does not do."""
+    cudnn_label()
+    shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
+    if 0 in shape:
+        return _nothing(x, shape, epilogue, keep)
+    x, weight, cache, pad_end = fold_time(x, weight, cache, pad_mode, pad_end)
+    frames, padding = padded(x, cache, weight, pad_mode, pad_end)
+    bias = None if bias is None else bias.to(x.dtype)
+    # In any other layout torch would bring clip and weight into one of its own first.
+    y = torch.nn.functional.conv3d(
+        frames.contiguous(memory_format=torch.channels_last_3d),
+        weight.contiguous(memory_format=torch.channels_last_3d), bias, tuple(stride), padding,
+    ).permute(0, 2, 3, 4, 1)  # fmt: skip
+    if residual is not None:
+        if epilogue in ("interleave", "pixel_shuffle"):
+            y = unfold_channels(y, epilogue, factor)
+        y = y.add_(residual)
+        epilogue = epilogue if epilogue == "rms_norm_silu" else None
+    return _finished(y, x, epilogue, factor, norm_weight, norm_eps, keep)
