@@ -169,7 +169,8 @@ def test_rows(op: str, *, on_card: bool) -> list[dict[str, Any]]:
     import pytest
 
     plugin = Rows(op, on_card)
-    files = [str(TESTS / name) for name in (f"test_{op}.py", *_MORE.get(op, ())) if (TESTS / name).is_file()]
+    names = dict.fromkeys((f"test_{op}.py", f"test_{op.rstrip('_')}.py"))
+    files = [str(TESTS / name) for name in (*names, *_MORE.get(op, ())) if (TESTS / name).is_file()]
     if not files:  # its tests are among another op's
         return []
     code = pytest.main([*files, "-q", "-p", "no:cacheprovider", *(["-m", "gpu"] if on_card else [])], plugins=[plugin])
