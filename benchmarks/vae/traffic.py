@@ -142,7 +142,7 @@ def _conv(call: dict[str, Any], out: Any) -> int:
 
 def _upsample(call: dict[str, Any], out: Any) -> int:
     """Phases: two taps a dimension that doubles, for each output element; all taps of time where that does not."""
-    o, c, *taps = call["weight"].shape
+    _, c, *taps = call["weight"].shape
     time = 2 if call["time_factor"] == 2 else taps[0] if len(taps) == 3 else 1
     return 2 * out.numel() * c * time * 4
 
