@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -37,9 +36,9 @@ def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
     """The taps of each phase, as the kernels read them.
 
     A pixel of the doubled image is one of four (eight with time) that are made around a small pixel. Which one, its
-    phase, decides which of the original taps fall on the same small pixel; their weights are summed. The sums are
-    rounded to the dtype of ``weight`` together, so that what one rounding takes the next tap gives back: the sum of
-    all taps of a phase, its answer to a flat image, is kept to one rounding of the smallest step.
+    phase, decides which of the original taps fall on the same small pixel; their weights are summed. The sums that
+    meet a frame are rounded to the dtype of ``weight`` together, so that their total, the answer to a flat image, is
+    kept to half a step of the smallest of them.
 
     Args:
         weight: ``[O, C, 3, 3]`` or ``[O, C, kt, 3, 3]`` with kt 1 or 3.
@@ -50,15 +49,19 @@ def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
     """
     wide = weight if weight.dim() == 5 else weight.unsqueeze(2)
     # fp32 holds the sum of four 16-bit weights; the sum of fp32 weights is rounded once.
-    wide = wide.permute(2, 3, 4, 0, 1).to(torch.float64 if weight.element_size() > 2 else torch.float32)
+    wide = wide.permute(2, 3, 4, 0, 1).to(torch.float64 if weight.element_size() > 2 else torch.float32).contiguous()
     kt = wide.shape[0]
     # In time the window ends with its own frame, one later than in space: the first phase is space's second.
     in_time = _MET[::-1] if time_factor == 2 and kt == 3 else (tuple(slice(i, i + 1) for i in range(kt)),)
     phases = []
-    for groups in product(in_time, _MET, _MET):
-        met = [wide[i, j, k].flatten(0, 2) for i, j, k in product(*groups)]
-        sums = torch.stack([taps.sum(0) for taps in met])
-        phases.append(_round_together(sums, [len(taps) for taps in met], weight.dtype))
+    for frames, rows, columns in product(in_time, _MET, _MET):
+        taps = [
+            _round_together(
+                torch.stack([wide[i, j, k].sum((0, 1, 2)) for j, k in product(rows, columns)]), weight.dtype
+            )
+            for i in frames
+        ]
+        phases.append(torch.cat(taps))
     return torch.stack(phases).transpose(1, 2).contiguous()
 
 
@@ -66,15 +69,12 @@ def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
 _MET = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
 
 
-def _round_together(sums: Tensor, terms: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``sums`` [taps, ...] in ``dtype``, the total over the taps kept; sums of many ``terms`` are rounded first."""
-    rounded = torch.empty_like(sums, dtype=dtype)
-    left = torch.zeros_like(sums[0])
-    for tap in sorted(range(len(terms)), key=lambda tap: -terms[tap]):
-        exact = sums[tap] + left
-        rounded[tap] = exact
-        left = exact - rounded[tap]
-    return rounded
+def _round_together(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sums`` [taps, ...] in ``dtype``, their total kept: the smallest tap, whose steps are finest, takes the rest."""
+    rounded = sums.to(dtype).to(sums.dtype)
+    smallest = sums.abs().argmin(0, keepdim=True)
+    taken = rounded.gather(0, smallest) + (sums - rounded).sum(0, keepdim=True)
+    return rounded.scatter_(0, smallest, taken).to(dtype)
 
 
 def upsample_conv2d(
@@ -215,7 +215,7 @@ def upsample_conv2d_cpu(
             packed = taps[:, :, -1]
         else:
             sums = taps.sum(2, dtype=torch.float32).movedim(2, 0)
-            packed = _round_together(sums, [1] * 4, taps.dtype).movedim(0, 2)
+            packed = _round_together(sums, taps.dtype).movedim(0, 2)
         kt, past = 1, 0
     kernel = _transposed(packed)
     frames = with_past(x, cache, past, pad_mode) if past else x

@@ -130,7 +130,7 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(randn(1, 2, 3, 2, 16, dtype=dtype, g=g), 16, 3, time_factor=2, pad_mode="replicate")
     x = randn(1, 1, 2, 3, 16, dtype=dtype, g=g)
     yield case(x, 16, 3, time_factor=2, cached=1, first=False, pad_mode="replicate", residual=True)
-    yield case(randn(1, 1, 3, 3, 12, dtype=dtype, g=g), 3, 3, time_factor=2, pad_mode="first_frame")
+    yield case(randn(1, 1, 3, 3, 16, dtype=dtype, g=g), 3, 3, time_factor=2, pad_mode="first_frame")
     # Part of a past: two frames are read, one is there.
     yield case(randn(1, 1, 2, 5, 16, dtype=dtype, g=g), 16, 3, cached=1)
     # CogVideoX: frames doubled after the convolution, which then runs once for two of them.
