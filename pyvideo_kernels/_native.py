@@ -33,6 +33,8 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "qk_norm_rope": ("cpu",),
     "qk_norm_rope_": ("cpu",),
     "rms_norm_silu": ("cpu",),
+    "group_norm_silu": ("cpu",),
+    "pixel_norm_silu": ("cpu",),
     "guidance_step": ("cpu", "cuda"),
     "unipc_step": ("cpu",),
 }

@@ -229,13 +229,13 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool silu, "
         "bool per_frame, str impl) -> Tensor",
         fakes.like_first,
-        _impls("group_norm_silu", "triton"),
+        _impls("group_norm_silu", "triton", "cpu"),
     ),
     Op(
         "pixel_norm_silu",
         "(Tensor x, Tensor? weight, Tensor? scale, Tensor? shift, float eps, bool silu, str impl) -> Tensor",
         fakes.like_first,
-        _impls("pixel_norm_silu", "triton"),
+        _impls("pixel_norm_silu", "triton", "cpu"),
     ),
     Op(
         "causal_conv3d",

@@ -1,0 +1,402 @@
+// group_norm_silu on the CPU: silu(((x - mean) * rstd * weight + bias) * scale + shift), channels-last.
+//
+// Statistics are taken of single channels over chunks of pixels whose size depends on the shape alone, and merged in
+// double in a fixed order: the same bits with any number of threads. Deviations are from a mean of the chunk's first
+// pixels, so that squares do not drown a small variance in a large mean.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/math.h"
+#include "glue.h"
+
+namespace pyvideo {
+namespace {
+
+constexpr int64_t kChunkElements = 65536;
+constexpr int64_t kPivotRows = 16;
+
+struct Stats {
+  Rows x;
+  int64_t pixels;  // of a sample
+  int64_t width;
+  int64_t chunk;
+  int64_t parts;   // of a sample
+  float* partial;  // [samples * parts, 3, width]: pivot, mean minus pivot, sum of squared deviations
+};
+
+// Eight rows at a time, so that the sums in double cost little.
+template <class T>
+PYVIDEO_INLINE void add_eight(const T* const* rows, int64_t n, const float* __restrict pivot, double* __restrict total,
+                              double* __restrict squares) {
+  const T* __restrict x0 = rows[0];
+  const T* __restrict x1 = rows[1];
+  const T* __restrict x2 = rows[2];
+  const T* __restrict x3 = rows[3];
+  const T* __restrict x4 = rows[4];
+  const T* __restrict x5 = rows[5];
+  const T* __restrict x6 = rows[6];
+  const T* __restrict x7 = rows[7];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float d0 = to_float(x0[i]) - pivot[i], d1 = to_float(x1[i]) - pivot[i];
+    const float d2 = to_float(x2[i]) - pivot[i], d3 = to_float(x3[i]) - pivot[i];
+    const float d4 = to_float(x4[i]) - pivot[i], d5 = to_float(x5[i]) - pivot[i];
+    const float d6 = to_float(x6[i]) - pivot[i], d7 = to_float(x7[i]) - pivot[i];
+    total[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7));
+    squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7));
+  }
+}
+
+template <class T>
+PYVIDEO_INLINE void stats_body(const Stats& a, int64_t begin, int64_t end, double* scratch) {
+  const int64_t n = a.width;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t sample = unit / a.parts;
+    const int64_t first = (unit - sample * a.parts) * a.chunk;
+    const int64_t count = std::min(a.chunk, a.pixels - first);
+    const int64_t row = sample * a.pixels + first;
+    float* __restrict pivot = a.partial + unit * 3 * n;
+    double* __restrict total = scratch;
+    double* __restrict squares = scratch + n;
+    std::fill(pivot, pivot + n, 0.0f);
+    std::fill(scratch, scratch + 2 * n, 0.0);
+    const int64_t early = std::min(count, kPivotRows);
+    for (int64_t r = 0; r < early; ++r) {
+      const T* __restrict x = reinterpret_cast<const T*>(a.x.row(row + r));
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        pivot[i] += to_float(x[i]);
+      }
+    }
+    const float share = 1.0f / static_cast<float>(early);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      pivot[i] *= share;
+    }
+    int64_t r = 0;
+    for (; r + 8 <= count; r += 8) {
+      const T* rows[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        rows[i] = reinterpret_cast<const T*>(a.x.row(row + r + i));
+      }
+      add_eight(rows, n, pivot, total, squares);
+    }
+    for (; r < count; ++r) {
+      const T* __restrict x = reinterpret_cast<const T*>(a.x.row(row + r));
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float d = to_float(x[i]) - pivot[i];
+        total[i] += d;
+        squares[i] += d * d;
+      }
+    }
+    const double elements = static_cast<double>(count);
+    for (int64_t i = 0; i < n; ++i) {
+      const double away = total[i] / elements;
+      pivot[n + i] = static_cast<float>(away);
+      pivot[2 * n + i] = static_cast<float>(squares[i] - away * total[i]);
+    }
+  }
+}
+
+PYVIDEO_CLONES void stats_f32(const Stats& a, int64_t begin, int64_t end, double* scratch) {
+  stats_body<float>(a, begin, end, scratch);
+}
+
+PYVIDEO_CLONES void stats_bf16(const Stats& a, int64_t begin, int64_t end, double* scratch) {
+  stats_body<bf16>(a, begin, end, scratch);
+}
+
+// The mean of a group as a sum of two floats, and 1 / sqrt(var + eps).
+struct Moments {
+  float mean;
+  float rest;
+  float rstd;
+};
+
+Moments merge(const Stats& a, int64_t sample, int64_t group, int64_t group_width, double eps) {
+  const int64_t n = a.width;
+  const float* base = a.partial + sample * a.parts * 3 * n + group * group_width;
+  const double elements = static_cast<double>(a.pixels) * static_cast<double>(group_width);
+  double total = 0.0;
+  for (int64_t p = 0; p < a.parts; ++p) {
+    const float* pivot = base + p * 3 * n;
+    double sum = 0.0;
+    for (int64_t i = 0; i < group_width; ++i) {
+      sum += static_cast<double>(pivot[i]) + static_cast<double>(pivot[n + i]);
+    }
+    total += sum * static_cast<double>(std::min(a.chunk, a.pixels - p * a.chunk));
+  }
+  const double mean = total / elements;
+  double squares = 0.0;
+  for (int64_t p = 0; p < a.parts; ++p) {
+    const float* pivot = base + p * 3 * n;
+    const double count = static_cast<double>(std::min(a.chunk, a.pixels - p * a.chunk));
+    for (int64_t i = 0; i < group_width; ++i) {
+      const double d = static_cast<double>(pivot[i]) + static_cast<double>(pivot[n + i]) - mean;
+      squares += static_cast<double>(pivot[2 * n + i]) + d * d * count;
+    }
+  }
+  Moments m;
+  m.mean = static_cast<float>(mean);
+  m.rest = static_cast<float>(mean - static_cast<double>(m.mean));
+  m.rstd = static_cast<float>(1.0 / std::sqrt(squares / elements + eps));
+  return m;
+}
+
+// A tensor [B, Tz, Hz, Wz, C] read at the pixels of a clip; a null `data` stands for one that was not given.
+struct Latent {
+  const char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t strides[4] = {};  // in bytes
+};
+
+// Walks the pixels of [B, T, H, W] in order and knows which latent each reads.
+struct Walk {
+  int64_t sizes[3];              // T, H, W
+  const int64_t* places[3];      // of each frame, line and column
+  int64_t at[4] = {0, 0, 0, 0};  // clip, frame, line, column
+
+  PYVIDEO_INLINE void start(int64_t pixel) {
+    for (int d = 2; d >= 0; --d) {
+      const int64_t next = pixel / sizes[d];
+      at[d + 1] = pixel - next * sizes[d];
+      pixel = next;
+    }
+    at[0] = pixel;
+  }
+
+  PYVIDEO_INLINE void step() {
+    for (int d = 3; d > 0; --d) {
+      if (++at[d] < sizes[d - 1]) {
+        return;
+      }
+      at[d] = 0;
+    }
+    ++at[0];
+  }
+
+  PYVIDEO_INLINE const char* find(const Latent& z) const {
+    return z.data + at[0] * z.strides[0] + places[0][at[1]] * z.strides[1] + places[1][at[2]] * z.strides[2] +
+           places[2][at[3]] * z.strides[3];
+  }
+};
+
+struct LatentRow {
+  float* scratch;
+  const char* source = nullptr;
+
+  // Neighbouring pixels read the same latent: it is converted once.
+  PYVIDEO_INLINE const float* get(const Latent& z, const Walk& walk, int64_t n) {
+    if (z.data == nullptr) {
+      return scratch;
+    }
+    const char* row = walk.find(z);
+    if (z.dtype == DType::f32) {
+      return reinterpret_cast<const float*>(row);
+    }
+    if (row != source) {
+      load_row(reinterpret_cast<const bf16*>(row), n, scratch);
+      source = row;
+    }
+    return scratch;
+  }
+};
+
+struct Apply {
+  Rows x;
+  const Moments* moments;  // [samples, groups]
+  const float* weight;
+  const float* bias;
+  char* out;
+  int64_t pixels;
+  int64_t width;
+  int64_t groups;
+  bool silu;
+  bool conditioned;
+  Latent scale;
+  Latent shift;
+  Walk walk;
+  static constexpr int kScratch = 6;
+};
+
+template <class T, bool kSilu>
+PYVIDEO_INLINE void apply_row(const T* __restrict x, int64_t n, const float* __restrict mean,
+                              const float* __restrict rest, const float* __restrict mul, const float* __restrict add,
+                              T* __restrict out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = ((to_float(x[i]) - mean[i]) - rest[i]) * mul[i] + add[i];
+    out[i] = from_float<T>(kSilu ? silu(y) : y);
+  }
+}
+
+template <class T, bool kSilu>
+PYVIDEO_INLINE void apply_row(const T* __restrict x, int64_t n, const float* __restrict mean,
+                              const float* __restrict rest, const float* __restrict mul, const float* __restrict add,
+                              const float* __restrict scale, const float* __restrict shift, T* __restrict out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = (((to_float(x[i]) - mean[i]) - rest[i]) * mul[i] + add[i]) * scale[i] + shift[i];
+    out[i] = from_float<T>(kSilu ? silu(y) : y);
+  }
+}
+
+template <class T, bool kSilu>
+PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t n = a.width;
+  const int64_t group_width = n / a.groups;
+  float* __restrict mean = scratch;
+  float* __restrict rest = mean + n;
+  float* __restrict mul = rest + n;
+  float* __restrict add = mul + n;
+  LatentRow scale{add + n};
+  LatentRow shift{scale.scratch + n};
+  std::fill(scale.scratch, scale.scratch + n, 1.0f);
+  std::fill(shift.scratch, shift.scratch + n, 0.0f);
+  Walk walk = a.walk;
+  if (a.conditioned) {
+    walk.start(begin);
+  }
+  int64_t sample = -1;
+  for (int64_t r = begin; r < end; ++r) {
+    if (sample < 0 || r == (sample + 1) * a.pixels) {
+      sample = r / a.pixels;
+      for (int64_t g = 0; g < a.groups; ++g) {
+        const Moments m = a.moments[sample * a.groups + g];
+        for (int64_t i = g * group_width; i < (g + 1) * group_width; ++i) {
+          mean[i] = m.mean;
+          rest[i] = m.rest;
+          mul[i] = a.weight == nullptr ? m.rstd : m.rstd * a.weight[i];
+          add[i] = a.bias == nullptr ? 0.0f : a.bias[i];
+        }
+      }
+    }
+    const T* x = reinterpret_cast<const T*>(a.x.row(r));
+    T* out = reinterpret_cast<T*>(a.out) + r * n;
+    if (!a.conditioned) {
+      apply_row<T, kSilu>(x, n, mean, rest, mul, add, out);
+      continue;
+    }
+    apply_row<T, kSilu>(x, n, mean, rest, mul, add, scale.get(a.scale, walk, n), shift.get(a.shift, walk, n), out);
+    walk.step();
+  }
+}
+
+PYVIDEO_CLONES void apply_f32(const Apply& a, int64_t begin, int64_t end, float* scratch) {
+  a.silu ? apply_body<float, true>(a, begin, end, scratch) : apply_body<float, false>(a, begin, end, scratch);
+}
+
+PYVIDEO_CLONES void apply_bf16(const Apply& a, int64_t begin, int64_t end, float* scratch) {
+  a.silu ? apply_body<bf16, true>(a, begin, end, scratch) : apply_body<bf16, false>(a, begin, end, scratch);
+}
+
+Latent latent_of(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& z) {
+  Latent out;
+  if (!z.has_value()) {
+    return out;
+  }
+  PYVIDEO_CHECK(z->is_cpu() && x.dim() == 5 && z->dim() == 5 && z->size(0) == x.size(0) && z->size(4) == x.size(4) &&
+                    (z->size(4) <= 1 || z->stride(4) == 1),
+                op, ": `", name, "` must be a CPU tensor [B, Tz, Hz, Wz, C] with a contiguous last dimension");
+  out.data = static_cast<const char*>(z->const_data_ptr());
+  out.dtype = dtype_of(op, name, *z);
+  for (int d = 0; d < 4; ++d) {
+    out.strides[d] = z->stride(d) * static_cast<int64_t>(z->element_size());
+  }
+  return out;
+}
+
+// Where nearest-neighbour interpolation reads: torch multiplies in float.
+void nearest(int64_t size, int64_t source, int64_t first, std::vector<int64_t>& places) {
+  const float ratio = static_cast<float>(source) / static_cast<float>(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t at = size == source ? i : static_cast<int64_t>(std::floor(static_cast<float>(i) * ratio));
+    places.push_back(first + std::min(at, source - 1));
+  }
+}
+
+Tensor group_norm_silu(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
+                       std::optional<Tensor> shift, int64_t groups, double eps, bool silu, bool per_frame) {
+  const char* op = "group_norm_silu";
+  const std::vector<int64_t> shape = shape_of(x);
+  PYVIDEO_CHECK(shape.size() >= 3 && groups > 0 && shape.back() % groups == 0 && (!per_frame || shape.size() == 5), op,
+                ": `x` must be [B, ..., C] with a multiple of ", groups, " channels, 5-D for `per_frame`");
+  Tensor out = new_contiguous(x);
+  std::vector<float> weight_storage, bias_storage;
+  Apply apply;
+  apply.x = rows_like(op, "x", x, shape);
+  apply.width = shape.back();
+  apply.weight = float_vector(op, "weight", weight, apply.width, weight_storage);
+  apply.bias = float_vector(op, "bias", bias, apply.width, bias_storage);
+  apply.scale = latent_of(op, "scale", x, scale);
+  apply.shift = latent_of(op, "shift", x, shift);
+  apply.conditioned = scale.has_value() || shift.has_value();
+  const int64_t rows = row_count(shape);
+  if (rows == 0 || apply.width == 0) {
+    return out;
+  }
+  std::vector<int64_t> places[3];
+  if (apply.conditioned) {
+    const Tensor& z = scale.has_value() ? *scale : *shift;
+    PYVIDEO_CHECK(!scale.has_value() || !shift.has_value() || shape_of(*scale) == shape_of(*shift), op,
+                  ": `scale` and `shift` must have one shape");
+    // An odd number of several frames: the first reads the first latent frame, the rest the rest.
+    const bool apart = shape[1] > 1 && shape[1] % 2 == 1;
+    PYVIDEO_CHECK(z.size(1) >= 1 + apart && z.size(2) >= 1 && z.size(3) >= 1, op, ": `scale` and `shift` lack latents");
+    if (apart) {
+      places[0].push_back(0);
+    }
+    nearest(shape[1] - apart, z.size(1) - apart, apart, places[0]);
+    nearest(shape[2], z.size(2), 0, places[1]);
+    nearest(shape[3], z.size(3), 0, places[2]);
+    for (int d = 0; d < 3; ++d) {
+      apply.walk.sizes[d] = shape[d + 1];
+      apply.walk.places[d] = places[d].data();
+    }
+  }
+  const int64_t samples = shape[0] * (per_frame ? shape[1] : 1);
+  Stats stats;
+  stats.x = apply.x;
+  stats.pixels = rows / samples;
+  stats.width = apply.width;
+  stats.chunk = std::max<int64_t>(kPivotRows, kChunkElements / apply.width);
+  stats.parts = (stats.pixels + stats.chunk - 1) / stats.chunk;
+  std::vector<float> partial(static_cast<size_t>(samples * stats.parts * 3 * stats.width));
+  stats.partial = partial.data();
+  const bool f32 = apply.x.dtype == DType::f32;
+  parallel_rows(samples * stats.parts, std::min(stats.chunk, stats.pixels) * stats.width,
+                [&](int64_t begin, int64_t end) {
+                  std::vector<double> scratch(static_cast<size_t>(2 * stats.width));
+                  (f32 ? stats_f32 : stats_bf16)(stats, begin, end, scratch.data());
+                });
+  std::vector<Moments> moments(static_cast<size_t>(samples * groups));
+  parallel_rows(samples * groups, stats.parts * (stats.width / groups), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      moments[static_cast<size_t>(i)] = merge(stats, i / groups, i % groups, stats.width / groups, eps);
+    }
+  });
+  apply.moments = moments.data();
+  apply.out = static_cast<char*>(out.mutable_data_ptr());
+  apply.pixels = stats.pixels;
+  apply.groups = groups;
+  apply.silu = silu;
+  parallel_rows(rows, apply.width, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(Apply::kScratch * apply.width));
+    (f32 ? apply_f32 : apply_bf16)(apply, begin, end, scratch.data());
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyvideo_native, m) {
+  m.def(
+      "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+      "bool silu, bool per_frame) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvideo_native, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu)); }
+
+}  // namespace pyvideo
