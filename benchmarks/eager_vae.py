@@ -19,6 +19,33 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, cache: Tensor) -> Ten
     return F.conv3d(F.pad(torch.cat([cache, x], 2), (1, 1, 1, 1, 0, 0)), weight, bias).permute(0, 2, 3, 4, 1)
 
 
+def upsample_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor, time_factor: int, first: bool, pad_mode: str
+) -> Tensor:
+    """On ``[B, C, T, H, W]``: enlarge, then convolve; channels last again by a view. ``packed`` is ours alone."""
+    if weight.dim() == 5:
+        y = F.conv3d(F.pad(_enlarged(x, time_factor, first), (1, 1, 1, 1, 2, 0), mode=pad_mode), weight, bias)
+        return y.permute(0, 2, 3, 4, 1)
+    if time_factor == 2:
+        frames = _enlarged(x, time_factor, first).permute(0, 2, 1, 3, 4)
+        y = F.conv2d(frames.flatten(0, 1), weight, bias, padding=1)
+    else:
+        frames = x.permute(0, 2, 1, 3, 4)
+        images = F.interpolate(frames.flatten(0, 1).float(), scale_factor=2, mode="nearest-exact").type_as(x)
+        y = F.conv2d(images, weight, bias, padding=1)
+    return y.unflatten(0, frames.shape[:2]).permute(0, 1, 3, 4, 2)
+
+
+def _enlarged(x: Tensor, time_factor: int, first: bool) -> Tensor:
+    """All frames in time and space, the ``first`` one of a clip in space alone."""
+    if not first:
+        return F.interpolate(x, scale_factor=(time_factor, 2, 2), mode="nearest")
+    head = F.interpolate(x[:, :, 0], scale_factor=2, mode="nearest")[:, :, None]
+    if x.shape[2] == 1:
+        return head
+    return torch.cat([head, F.interpolate(x[:, :, 1:].contiguous(), scale_factor=(time_factor, 2, 2))], 2)
+
+
 def blend_tile_(out: Tensor, tile: Tensor, above: Tensor, left: Tensor, below: Tensor, right: Tensor) -> Tensor:
     """``blend_v`` and ``blend_h``, a row and a column at a time, then the copies to where the tile is needed."""
     n, m = above.shape[3], left.shape[4]

@@ -50,6 +50,7 @@ PYVIDEO_KINDS = {
     # The means of tiles choose what sparse attention looks at: a part of its price.
     "block_mean": "attention",
     "causal_conv3d": "conv",
+    "upsample_conv2d": "conv",
 }
 
 _ATTENTION_OP = re.compile(

@@ -160,6 +160,21 @@ VAE_GPU: Shapes = {
 }
 VAE_CPU: Shapes = {"wan-128-full-96": {"grid": (4, 128, 128), "channels": 96}}
 
+# Small frames, their channels and those of the result. HunyuanVideo's are the tiles that diffusers decodes.
+UPSAMPLE_GPU: Shapes = {
+    "wan-480p-60p-384": {"grid": (2, 60, 104), "channels": 384, "out": 192},
+    "wan-480p-120p-384": {"grid": (4, 120, 208), "channels": 384, "out": 192},
+    "wan-480p-240p-192": {"grid": (4, 240, 416), "channels": 192, "out": 96},
+    "wan-5b-704p-176p-512": {"grid": (4, 176, 320), "channels": 512, "out": 512},
+    "hunyuanvideo-tile-512": {"grid": (5, 64, 64), "channels": 512, "out": 512, "style": "hunyuanvideo"},
+    "hunyuanvideo-tile-256": {"grid": (9, 128, 128), "channels": 256, "out": 256, "style": "hunyuanvideo"},
+    "cogvideox-480p-512": {"grid": (3, 60, 90), "channels": 512, "out": 512, "style": "cogvideox"},
+}
+UPSAMPLE_CPU: Shapes = {
+    "wan-128-192": {"grid": (4, 64, 64), "channels": 192, "out": 96},
+    "hunyuanvideo-tile-128": {"grid": (3, 24, 24), "channels": 128, "out": 128, "style": "hunyuanvideo"},
+}
+
 # A tile of frames: diffusers' own size, and half of the width of 720p.
 TILE_GPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}, "wan-720p-half": {"grid": (4, 720, 768)}}
 TILE_CPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}}

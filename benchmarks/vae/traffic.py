@@ -142,9 +142,11 @@ def _conv(call: dict[str, Any], out: Any) -> int:
 
 def _upsample(call: dict[str, Any], out: Any) -> int:
     """Phases: two taps a dimension that doubles, for each output element; all taps of time where that does not."""
-    _, c, *taps = call["weight"].shape
-    time = 2 if call["time_factor"] == 2 else taps[0] if len(taps) == 3 else 1
-    return 2 * out.numel() * c * time * 4
+    o, c, *taps = call["weight"].shape
+    in_time = taps[0] if len(taps) == 3 else 1
+    if in_time == 1:  # a frame that is doubled is convolved once
+        return 2 * 16 * call["x"].numel() * o
+    return 2 * out.numel() * c * (2 if call["time_factor"] == 2 else in_time) * 4
 
 
 def _head(call: dict[str, Any], out: Any) -> int:
