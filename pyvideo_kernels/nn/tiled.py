@@ -68,7 +68,7 @@ class Tiled:
     def _tile(self, row: Span, column: Span) -> _Tile:
         return _Tile(row, column, self.stream.new_state(**self.given))
 
-    def _blend(self, pixels: Tensor, tile: _Tile, out: Tensor, **strips: Tensor | None) -> None:
+    def _blend(self, pixels: Tensor, tile: _Tile, out: Tensor, **strips: Any) -> None:
         row, column = tile.row, tile.column
         own = out[:, :, :, row.place : row.place + row.own, column.place : column.place + column.own]
         with torch.no_grad():

@@ -73,8 +73,8 @@ def blend_tile_(
             bad_shape(op, name, f"{wanted[:dim] + [f'at most {most}'] + wanted[dim + 1 :]}".replace("'", ""), strip)
         if strip.dtype != tile.dtype:
             raise DTypeError(f"{op}: `{name}` must be {tile.dtype} like `tile`; got {describe(strip)}")
-    if grain < 1 or any(strips[name][0].shape[dim] % grain for name, dim in (("above", 3), ("left", 4))
-                        if strips[name][0] is not None):  # fmt: skip
+    seams = [strip.shape[dim] for strip, dim in ((above, 3), (left, 4)) if strip is not None]
+    if grain < 1 or any(seam % grain for seam in seams):
         bad_option(op, "grain", "at least 1 and a divisor of the widths of `above` and `left`", grain)
     tensors = {"tile": tile, "out": out} | {name: strip for name, (strip, _) in strips.items()}
     check_same_device(op, **tensors)
