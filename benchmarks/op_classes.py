@@ -33,6 +33,8 @@ PYVIDEO_KINDS = {
     "gate_residual_norm_modulate": "pointwise",
     "rms_norm": "pointwise",
     "rms_norm_silu": "pointwise",
+    "group_norm_silu": "pointwise",
+    "pixel_norm_silu": "pointwise",
     "qk_norm_rope": "pointwise",
     "qk_norm_rope_": "pointwise",
     "qk_norm_rope_int8": "pointwise",

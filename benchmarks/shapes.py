@@ -160,6 +160,27 @@ VAE_GPU: Shapes = {
 }
 VAE_CPU: Shapes = {"wan-128-full-96": {"grid": (4, 128, 128), "channels": 96}}
 
+# A tile of HunyuanVideo's 720p, 17 frames of 256 x 256; CogVideoX's batches of 9 and 8 frames of 480 x 720.
+GROUP_NORM_GPU: Shapes = {
+    "hunyuan-tile-full-128": {"grid": (17, 256, 256), "channels": 128},
+    "hunyuan-tile-half-256": {"grid": (17, 128, 128), "channels": 256},
+    "hunyuan-tile-eighth-512": {"grid": (5, 32, 32), "channels": 512},
+    "cogvideox-480p-first-128": {"grid": (9, 480, 720), "channels": 128, "style": "cogvideox"},
+    "cogvideox-480p-half-256": {"grid": (8, 240, 360), "channels": 256, "style": "cogvideox"},
+}
+GROUP_NORM_CPU: Shapes = {
+    "hunyuan-64-full-128": {"grid": (9, 64, 64), "channels": 128},
+    "cogvideox-64-full-128": {"grid": (9, 64, 64), "channels": 128, "style": "cogvideox"},
+}
+# LTX at 512 x 768: 121 frames leave the decoder as patches of 4 x 4 pixels. LTX-2 is twice as wide.
+PIXEL_NORM_GPU: Shapes = {
+    "ltx-512p-full-128": {"grid": (121, 128, 192), "channels": 128},
+    "ltx-512p-half-256": {"grid": (61, 64, 96), "channels": 256, "style": "ltx-timestep"},
+    "ltx-512p-quarter-512": {"grid": (31, 32, 48), "channels": 512, "style": "ltx-timestep"},
+    "ltx2-512p-latent-1024": {"grid": (16, 16, 24), "channels": 1024},
+}
+PIXEL_NORM_CPU: Shapes = {"ltx-64-full-128": {"grid": (9, 64, 64), "channels": 128}}
+
 # Small frames, their channels and those of the result. HunyuanVideo's are the tiles that diffusers decodes.
 UPSAMPLE_GPU: Shapes = {
     "wan-480p-60p-384": {"grid": (2, 60, 104), "channels": 384, "out": 192},

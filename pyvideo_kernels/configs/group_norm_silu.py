@@ -50,7 +50,7 @@ class GroupNormConfig:
         return self.rows * max(1, -(-share // self.rows), -(-min(_LEAST_CHUNK, pixels) // self.rows))
 
 
-@family("group_norm_silu", GroupNormConfig, limit=16)
+@family("group_norm_silu", GroupNormConfig, limit=12)
 def select(arch: str, *, width: int, itemsize: int) -> GroupNormConfig:
     """A tile is as many whole pixels as fill its threads; a clip gives each of 132 multiprocessors several programs."""
     if width > MAX_WIDTH:
