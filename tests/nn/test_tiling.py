@@ -60,7 +60,7 @@ def test_the_flags_give_what_diffusers_gives(kind, size, stride):
     scale = 2 if kind == "2.2" else 1
     cut(vae, size * scale, stride * scale)
     # Some of the frames must need the clamp, which comes after the blending.
-    z = z * 4
+    vae.decoder.conv_out.weight.data *= 4
     expected = stock(vae, z)
     assert expected.abs().max() == 1
     accelerate(vae)
