@@ -23,6 +23,7 @@ from ..errors import (
 from ..reference.causal_conv3d import spatial_mode, with_border, with_past
 from ..reference.decode_head import finish, output_shape
 from ._checks import check_patch, check_vector
+from .causal_conv3d import next_cache
 
 _OP = "decode_head"
 _PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
@@ -49,7 +50,7 @@ def decode_head(
     dtype: torch.dtype | None = None,
     return_cache: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """The last layers of a video decoder: activations to frames, as floats or as bytes, where they are wanted.
 
         z = silu(norm(x))                                   (z = x without a norm)
@@ -77,7 +78,8 @@ def decode_head(
         out: ``[B, O/(pt*ph*pw), (T + pad_end)*pt, H*ph, W*pw]``, any strides without overlap, dtype of ``x`` or uint8:
             written and returned; a slice of the clip's buffer, say. None: a new tensor.
         dtype: ``torch.uint8`` or the dtype of ``x``; None: that of ``out``, or of ``x``.
-        return_cache: return ``(frames, cache)``, the last ``kt - 1`` frames of z, for the next call.
+        return_cache: return ``(frames, cache)``, the last ``kt - 1`` frames of z as `causal_conv3d.next_cache` gives
+            them, for the next call.
         impl: ``auto``, ``reference``, ``triton`` or ``cpu``, of the norm and of the rest; an explicit choice never
             falls back.
     Returns:
@@ -93,7 +95,7 @@ def decode_head(
     """
     check_tensor(_OP, "x", x, ndim=5)
     check_tensor(_OP, "weight", weight, ndim=5)
-    b, t, h, w, c = x.shape
+    b, _, h, w, c = x.shape
     o, _, kt, kh, kw = weight.shape
     if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0:
         bad_shape(_OP, "weight", f"[O, {c}, kt, kh, kw] with odd kh and kw for `x` {list(x.shape)}", weight)
@@ -127,7 +129,7 @@ def decode_head(
     z = _normalised(x, norm, norm_weight, _EPS[norm] if eps is None else eps, scale, shift, impl)
     frames = x.new_empty(shape, dtype=dtype) if out is None else out
     torch.ops.pyvideo.decode_head_(frames, z, weight, bias, cache, pad_mode, pad_end, sizes, clamp, impl)
-    return (frames, _next_cache(z, cache, kt - 1)) if return_cache else frames
+    return (frames, next_cache(z, cache, kt - 1)) if return_cache else frames
 
 
 def _check_norm(
@@ -198,13 +200,6 @@ def _normalised(
 
         return pixel_norm_silu(x, weight, scale=scale, shift=shift, eps=eps, impl=impl)
     return x
-
-
-def _next_cache(z: Tensor, cache: Tensor | None, frames: int) -> Tensor:
-    """The last ``frames`` frames of what was convolved, or as many as there are."""
-    if z.shape[1] >= frames or cache is None:
-        return z[:, max(0, z.shape[1] - frames) :]
-    return torch.cat([cache[:, max(0, cache.shape[1] - (frames - z.shape[1])) :], z], 1)
 
 
 def decode_head_cpu(
