@@ -65,6 +65,14 @@ def _on_edge(at, size, EDGE: tl.constexpr):
 
 
 @triton.jit
+def _place(b, t, h0, w0, frames, h_out, w_out, o, place, FT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr):
+    """Offset in the result of a box's first pixel at one of the places that a position is unfolded to, and its frame,
+    row and column. b and t are int64, and so is what they are part of."""
+    t1, h1, w1 = t * FT + place // (FH * FW), h0 * FH + place // FW % FH, w0 * FW + place % FW
+    return (((b * frames * FT + t1) * (h_out * FH) + h1) * (w_out * FW) + w1) * o, t1, h1, w1
+
+
+@triton.jit
 def _sum(
     acc, bias_ptr, residual_ptr, at, mask, channels, channel_mask, row0, row_c,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -96,11 +104,8 @@ def _finish(
     m = tl.arange(0, BH * BW)
     rows, cols = m // BW, m % BW
     pixel_mask = (h0 + rows < h_out) & (w0 + cols < w_out)
-    # Where the first pixel of this place lies in the result.
-    t1, h1, w1 = t * FT + place // (FH * FW), h0 * FH + place // FW % FH, w0 * FW + place % FW
-    width = w_out * FW
-    origin = (((b * frames * FT + t1) * (h_out * FH) + h1) * width + w1) * o
-    pixels = (rows * FH * width + cols * FW) * o
+    origin, t1, h1, w1 = _place(b, t, h0, w0, frames, h_out, w_out, o, place, FT, FH, FW)
+    pixels = (rows * FH * w_out + cols) * FW * o
     residual_pixels = pixels
     if HAS_RESIDUAL:
         residual_ptr += b * r_b + t1 * r_t + tl.cast(h1, tl.int64) * r_h + tl.cast(w1, tl.int64) * r_w

@@ -58,7 +58,7 @@ def select(arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> ConvCo
     # The widest step that divides the channels: 96 in three of 32, 192 and 384 in steps of 64.
     block_k = 64 if c % 64 == 0 else 32 if c > 16 else 16
     if arch == "cpu":
-        return ConvConfig(2, 8, 16, n, n2, 4, 1)
+        return ConvConfig(4, 8, 16, n, n2, 4, 1)
     if itemsize == 4:
         # fp32: half the channels for the same bytes, and half the accumulators where products take three passes.
         return _fp32(arch, min(block_k, 32), n, n2, aligned)

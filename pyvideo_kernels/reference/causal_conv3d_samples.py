@@ -80,6 +80,6 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(randn(1, 1, 2, 3, 16, dtype=dtype, g=g), 16, (1, 1, 1), epilogue="rms_norm_silu", keep=False)
     yield case(randn(1, 2, 2, 3, 16, dtype=dtype, g=g), 16, (3, 1, 1), cached=2, epilogue="interleave")
     yield case(
-        randn(1, 2, 2, 3, 16, dtype=dtype, g=g), 12, (1, 3, 3), epilogue="pixel_shuffle", factor=(2, 2, 2),
+        randn(1, 2, 3, 3, 16, dtype=dtype, g=g), 12, (1, 1, 1), epilogue="pixel_shuffle", factor=(2, 2, 2),
         residual=True,
     )  # fmt: skip
