@@ -81,7 +81,8 @@ def resnet_forward(
         if noise is not None:  # a sum inside the convolution, which may give a frame more than it gets
             noise = noise.expand(x.shape[0], x.shape[1] + 1, -1, -1, -1)
     x = _convolved(self.conv1, x, clip, residual=noise)
-    x = self.dropout(_activated(self.norm2, self.nonlinearity, x, scale_2, shift_2))
+    x = _activated(self.norm2, self.nonlinearity, x, scale_2, shift_2)
+    x = channels_last(self.dropout(channels_first(x)))
     if self.norm3 is not None and skip.shape[1]:
         skip = self.norm3(skip)
     if self.conv_shortcut is not None:
