@@ -69,9 +69,9 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(randn(1, 1, 3, 2, 16, dtype=dtype, g=g), 16, (3, 3, 3), cached=1, pad_mode="reflect")
     yield case(randn(1, 1, 2, 3, 16, dtype=dtype, g=g), 16, (3, 3, 3), pad_mode="replicate")
     yield case(randn(1, 3, 2, 3, 16, dtype=dtype, g=g), 16, (3, 3, 3), cached=1, pad_mode="first_frame", pad_end=1)
-    # Nothing but the end of a clip whose one frame is the cache.
-    one = randn(2, 1, 2, 3, 16, dtype=dtype, g=g)
-    yield case(one[:, 1:], 16, (3, 3, 3), pad_mode="first_frame", pad_end=1) | {"cache": one}
+    # Nothing but the end of a clip: every frame is in the cache.
+    held = randn(2, 2, 2, 3, 16, dtype=dtype, g=g)
+    yield case(held[:, 2:], 16, (3, 3, 3), pad_mode="first_frame", pad_end=1) | {"cache": held}
     # Epilogues: the second with two accumulators, the third without its first output.
     yield case(randn(1, 2, 3, 3, 16, dtype=dtype, g=g), 20, (1, 3, 3), epilogue="rms_norm_silu")
     yield case(

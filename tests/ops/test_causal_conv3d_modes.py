@@ -159,6 +159,12 @@ def test_one_frame_takes_a_third_of_the_products(monkeypatch):
     monkeypatch.setattr(kernels, "launch_fwd", lambda call, *_: walked.append(call.packed.shape[2]))
     pv.causal_conv3d(x.to(helpers.DEVICE), weight.to(helpers.DEVICE), pad_mode="replicate", impl="triton")
     assert walked == [1]
+    monkeypatch.undo()
+    # A clip of one frame, which a convolution that looks ahead has taken for its cache.
+    single = _on({"x": x[:, :0], "weight": weight, "cache": x}, helpers.DEVICE)
+    expected, *others = (pv.causal_conv3d(**single, pad_mode="first_frame", pad_end=1, impl=i) for i in IMPLS[::-1])
+    for other in others:
+        torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_taps_added_up_keep_the_rule_in_low_precision():
