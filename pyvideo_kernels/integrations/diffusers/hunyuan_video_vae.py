@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 from torch import nn
 
 from .. import streams
+from ..planning import add, not_plain
 from ..swap import Left, Plan, Settings, Swap, obstacle
 from . import hunyuan_video_vae_forwards as forwards
 
@@ -90,15 +91,10 @@ def plan(model: nn.Module, path: str, settings: Settings) -> Plan:
 
 def _stream(result: Plan, model: nn.Module, path: str, settings: Settings) -> None:
     """Plan the method of the VAE itself: it decodes as a stream."""
-    wanted = [op for op in (_NORM, _CONV, _UP, _ATTEND, _HEAD) if op in settings.ops]
-    if not wanted:
-        return
     methods = {"_decode": streams._decode}
-    reason = _unfit(model, AutoencoderKLHunyuanVideo, None) or obstacle(model, methods)
-    if reason is not None:
-        result.left += [Left(path, op, reason) for op in wanted]
-    else:
-        result.swaps.append(Swap(path, model, None, (), "decodes as a stream", methods))
+    reason = not_plain(model, AutoencoderKLHunyuanVideo) or obstacle(model, methods)
+    ops = (*_LAYERS, _UP, _ATTEND, _HEAD)
+    add(result, settings, reason, ops, Swap(path, model, None, (), "decodes as a stream", methods))
 
 
 def _conv_ops(inner: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
@@ -114,12 +110,9 @@ def _conv_ops(inner: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
 
 
 def _unfit(module: Any, kind: type[nn.Module], owner: Any) -> str | None:
-    if type(module) is not kind:
-        home = type(module).__module__.partition(".")[0]
-        return f"it is a {home} {type(module).__name__}, not a plain {kind.__name__}"
-    for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) is not nn.Parameter:
-            return f"its {name} is a {type(parameter).__name__}"
+    reason = not_plain(module, kind)
+    if reason is not None:
+        return reason
     if kind is nn.GroupNorm and not module.affine:
         return "the norm has no weights"
     if kind is HunyuanVideoCausalConv3d:

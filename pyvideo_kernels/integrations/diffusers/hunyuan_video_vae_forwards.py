@@ -40,26 +40,13 @@ from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ...ops.vae_attention import vae_attention
+from ..clips import channels_first, channels_last, unservable, unservable_conv
 from ..packing import packed
-from ..swap import Settings, autocasting, fall_back, ours, why_not
+from ..swap import Settings, fall_back, ours, why_not
 
 # F.pad's name of what lies outside -> the op's.
 PAD_MODES = {"replicate": "replicate", "constant": "zeros"}
 UPSAMPLE_FACTORS = ((1, 2, 2), (2, 2, 2))
-
-
-# Layout ---------------------------------------------------------------------------------------------------------
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``[B, C, ...]`` as ``[B, ..., C]`` with contiguous channels: a view where memory is so already."""
-    view = x.movedim(1, -1)
-    return view if view.stride(-1) == 1 or view.shape[-1] == 1 else view.contiguous()
-
-
-def channels_first(y: Tensor) -> Tensor:
-    """The view ``[B, C, ...]`` of a channels-last tensor."""
-    return y.movedim(-1, 1)
 
 
 def _upsampled(x: Tensor, factor: Sequence[float]) -> Tensor:
@@ -75,22 +62,10 @@ def _upsampled(x: Tensor, factor: Sequence[float]) -> Tensor:
 # Ops ------------------------------------------------------------------------------------------------------------
 
 
-def _why_not(x: Tensor, *parameters: Tensor | None) -> str | None:
-    """The per-call guard of every op here; they have no backward and take one dtype."""
-    reason = why_not(x, *parameters)
-    if reason is not None:
-        return reason
-    if any(p is not None and p.dtype != x.dtype for p in parameters):
-        return "weight and activation of different dtypes"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
-        return "gradients are wanted and the op has no backward"
-    return None
-
-
 def norm_forward(self: nn.GroupNorm, settings: Settings, input: Tensor, silu: bool = False) -> Tensor:
     """The group norm of a clip, or of ``[B, C, N]`` tokens; with ``silu`` the activation after it."""
     pixels = channels_last(input)
-    reason = _why_not(pixels, self.weight, self.bias)
+    reason = unservable(pixels, self.weight, self.bias)
     if reason is None and pixels.dim() not in (3, 5):
         reason = "neither a clip nor tokens"
     if reason is None:
@@ -123,8 +98,7 @@ def conv_forward(
         wanted = "decode_head_"
     elif factor is not None and "upsample_conv2d" in settings.ops and not _unfit_upsample(self, pad_mode, factor):
         wanted = "upsample_conv2d"
-    reason = "autocast chooses the dtype of the convolution" if autocasting(input) else None
-    reason = reason or _why_not(clip, self.weight, self.bias)
+    reason = unservable_conv(clip, self.weight, self.bias)
     if reason is None and pad_mode is None and set(self.kernel_size) != {1}:
         reason = "called with a padded clip"
     if reason is None and wanted in settings.ops:
@@ -149,7 +123,8 @@ def conv_forward(
         else:
             if factor is not None:
                 clip = channels_last(_upsampled(input, factor))
-            ordered = packed(self, "weight", pack_weight)
+            # On a CPU the library has an order of its own.
+            ordered = packed(self, "weight", pack_weight) if clip.is_cuda else None
             y = causal_conv3d(
                 clip,
                 self.weight if ordered is None else ordered,
@@ -234,8 +209,7 @@ def attention_forward(
     frames, height, width = grid
     reason = _unfit_attention(self) or why_not(hidden_states)
     if reason is None and torch.is_grad_enabled():
-        parameters = self.parameters()
-        if hidden_states.requires_grad or any(parameter.requires_grad for parameter in parameters):
+        if hidden_states.requires_grad or any(parameter.requires_grad for parameter in self.parameters()):
             reason = "gradients are wanted and the op has no backward"
     if reason is not None:
         fall_back(settings, "vae_attention", reason)
