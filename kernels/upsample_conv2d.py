@@ -17,7 +17,7 @@ from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs.causal_conv3d import ConvConfig
 from pyvideo_kernels.configs.upsample_conv2d import select
 from pyvideo_kernels.errors import UnsupportedError
-from pyvideo_kernels.ops.upsample_conv2d import pack_upsample_weight
+from pyvideo_kernels.ops.upsample_conv2d import as_phases, pack_upsample_weight
 from pyvideo_kernels.reference.upsample_conv2d import output_shape
 
 from .causal_conv3d import _descriptor, _precision, descriptors_can_address
@@ -305,6 +305,7 @@ def upsample_conv2d(
         cache = None
     if packed is None:
         packed = pack_upsample_weight(weight, time_factor)
+    packed = as_phases(packed)
     kt = weight.shape[2] if weight.dim() == 5 else 1
     o, c = packed.shape[1], packed.shape[3]
     aligned = descriptors_can_address(x, cache, packed)

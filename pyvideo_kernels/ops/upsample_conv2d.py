@@ -25,11 +25,14 @@ from ._checks import check_vector
 PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
 
 
-def packed_shape(weight: Tensor, time_factor: int) -> tuple[int, int, int, int]:
-    """``[phases, O, taps, C]`` of `pack_upsample_weight`."""
+def packed_shape(weight: Tensor, time_factor: int) -> tuple[int, ...]:
+    """Shape of what `pack_upsample_weight` makes, where ``weight`` is."""
     o, c = weight.shape[:2]
     kt = weight.shape[2] if weight.dim() == 5 else 1
-    return (4, o, 4 * kt, c) if time_factor == 1 or kt == 1 else (8, o, 8, c)
+    doubled = time_factor == 2 and kt == 3
+    if weight.device.type == "cpu":
+        return (c, o, 4 if doubled else kt, 4, 4)
+    return (8, o, 8, c) if doubled else (4, o, 4 * kt, c)
 
 
 def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
@@ -44,8 +47,10 @@ def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
         weight: ``[O, C, 3, 3]`` or ``[O, C, kt, 3, 3]`` with kt 1 or 3.
         time_factor: that of the call.
     Returns:
-        ``[phases, O, taps, C]``, contiguous. Phase ``(s * 2 + p) * 2 + q`` makes pixels (2h + p, 2w + q) of frame
-        2t + s; tap ``(i * 2 + a) * 2 + b`` reads pixel (h + a - 1 + p, w + b - 1 + q), i from the oldest frame on.
+        For the device of ``weight``, contiguous. On a GPU ``[phases, O, taps, C]``: phase ``(s * 2 + p) * 2 + q`` makes
+        pixels (2h + p, 2w + q) of frame 2t + s; tap ``(i * 2 + a) * 2 + b`` reads pixel (h + a - 1 + p, w + b - 1 + q),
+        i from the oldest frame on. On a CPU ``[C, O, kt', 4, 4]``: the weight of the transposed convolution that does
+        the same (`as_transposed`).
     """
     wide = weight if weight.dim() == 5 else weight.unsqueeze(2)
     # fp32 holds the sum of four 16-bit weights; the sum of fp32 weights is rounded once.
@@ -62,7 +67,8 @@ def pack_upsample_weight(weight: Tensor, time_factor: int = 1) -> Tensor:
             for i in frames
         ]
         phases.append(torch.cat(taps))
-    return torch.stack(phases).transpose(1, 2).contiguous()
+    packed = torch.stack(phases).transpose(1, 2).contiguous()
+    return as_transposed(packed) if packed.device.type == "cpu" else packed
 
 
 # Of three taps, those that fall on the first and on the second of the two small pixels that a phase reads.
@@ -75,6 +81,29 @@ def _round_together(sums: Tensor, dtype: torch.dtype) -> Tensor:
     smallest = sums.abs().argmin(0, keepdim=True)
     taken = rounded.gather(0, smallest) + (sums - rounded).sum(0, keepdim=True)
     return rounded.scatter_(0, smallest, taken).to(dtype)
+
+
+def as_transposed(packed: Tensor) -> Tensor:
+    """Packed weights as those of a transposed convolution, ``[C, O, kt', 4, 4]``.
+
+    A small pixel h adds tap k of four to pixel 2h + k - 1: phase p and tap a meet in k = 3 - p - 2a. In time a frame t
+    adds tap k to frame 2t + k, s and i meeting in k = s + 2 (1 - i); undoubled, the oldest tap comes last.
+    """
+    if packed.dim() == 5:
+        return packed
+    phases, o, _, c = packed.shape
+    taps = packed.view(phases // 4, 2, 2, o, -1, 2, 2, c).flip(1, 2, 4, 5, 6)
+    return taps.permute(7, 3, 4, 0, 5, 1, 6, 2).reshape(c, o, -1, 4, 4)
+
+
+def as_phases(packed: Tensor) -> Tensor:
+    """The inverse: ``[phases, O, taps, C]``."""
+    if packed.dim() == 4:
+        return packed
+    c, o, kt = packed.shape[:3]
+    doubled = 2 if kt == 4 else 1
+    taps = packed.view(c, o, kt // doubled, doubled, 2, 2, 2, 2).flip(2, 4, 5, 6, 7)
+    return taps.permute(3, 5, 7, 1, 2, 4, 6, 0).reshape(4 * doubled, o, -1, c)
 
 
 def upsample_conv2d(
@@ -143,7 +172,7 @@ def upsample_conv2d(
     if first is None:
         first = cache is None
     if packed is not None:
-        check_tensor(op, "packed", packed, ndim=4)
+        check_tensor(op, "packed", packed, ndim=(4, 5))
         expected = packed_shape(weight, time_factor)
         if packed.shape != expected or not packed.is_contiguous():
             bad_shape(op, "packed", f"{list(expected)}, contiguous (see pack_upsample_weight)", packed)
@@ -172,17 +201,6 @@ def upsample_conv2d(
     )
 
 
-def _transposed(packed: Tensor) -> Tensor:
-    """Packed taps as the weight ``[C, O, kt', 4, 4]`` of the transposed convolution that they are.
-
-    A small pixel h adds tap k of four to pixel 2h + k - 1: phase p and tap a meet in k = 3 - p - 2a. In time a frame t
-    adds tap k to frame 2t + k, s and i meeting in k = s + 2 (1 - i); undoubled, the oldest tap comes last.
-    """
-    phases, o, _, c = packed.shape
-    taps = packed.view(phases // 4, 2, 2, o, -1, 2, 2, c).flip(1, 2, 4, 5, 6)
-    return taps.permute(7, 3, 4, 0, 5, 1, 6, 2).reshape(c, o, -1, 4, 4)
-
-
 def upsample_conv2d_cpu(
     x: Tensor,
     weight: Tensor,
@@ -207,17 +225,14 @@ def upsample_conv2d_cpu(
     kt = weight.shape[2] if weight.dim() == 5 else 1
     if packed is None:
         packed = pack_upsample_weight(weight, time_factor)
+    kernel = as_transposed(packed)
     past = past_frames(weight, time_factor)
     if past and x.shape[1] == 1 and (cache is None or cache.shape[1] == 0):
-        # An image: all frames that are read are itself, or zeros. One product of the summed taps is enough.
-        taps = packed[-4:].unflatten(2, (-1, 4))
-        if pad_mode == "zeros":
-            packed = taps[:, :, -1]
-        else:
-            sums = taps.sum(2, dtype=torch.float32).movedim(2, 0)
-            packed = _round_together(sums, taps.dtype).movedim(0, 2)
+        # An image: the frames that are read are zeros or itself, which then is more channels of one image.
+        kernel = kernel[:, :, :1] if pad_mode == "zeros" else kernel[:, :, time_factor - 1 :: time_factor]
+        x = x.repeat(1, 1, 1, 1, kernel.shape[2])
+        kernel = kernel.permute(2, 0, 1, 3, 4).flatten(0, 1).unsqueeze(2)
         kt, past = 1, 0
-    kernel = _transposed(packed)
     frames = with_past(x, cache, past, pad_mode) if past else x
     edge = 1
     if pad_mode in ("replicate", "reflect"):

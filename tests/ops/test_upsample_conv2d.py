@@ -149,11 +149,15 @@ def test_packed_weights(kt, time_factor):
     weight = torch.randint(-8, 9, (5, 6, 3, 3) if kt == 0 else (5, 6, kt, 3, 3)).float()
     packed = pv.pack_upsample_weight(weight, time_factor)
     assert packed.is_contiguous() and packed.shape == ops.packed_shape(weight, time_factor)
-    assert torch.equal(packed, _phases_by_hand(weight, time_factor))
+    phases = ops.as_phases(packed)
+    assert torch.equal(phases, _phases_by_hand(weight, time_factor))
+    assert torch.equal(ops.as_transposed(phases), packed)
+    # On a GPU they are phases.
+    assert phases.shape == pv.pack_upsample_weight(weight.to("meta"), time_factor).shape
     assert torch.equal(pv.pack_upsample_weight(weight.bfloat16(), time_factor).float(), packed)
     # The work that is saved: products a small pixel, against those of its doubled pixels.
     frames = 2 if time_factor == 2 else 1
-    ratio = 9 * max(kt, 1) * 4 * frames / (packed.shape[0] * packed.shape[2])
+    ratio = 9 * max(kt, 1) * 4 * frames / (phases.shape[0] * phases.shape[2])
     assert ratio == {(0, 1): 9 / 4, (0, 2): 9 / 2, (1, 1): 9 / 4, (3, 1): 9 / 4, (3, 2): 27 / 8}[kt, time_factor]
 
 
@@ -218,7 +222,7 @@ def test_chunks_with_their_cache_equal_the_whole_clip(impl, kt, time_factor, chu
         ("mirrored", lambda a: {**a, "weight": a["weight"].flip(3)}),
         ("dropped residual", lambda a: {**a, "residual": None}),
         ("dropped bias", lambda a: {**a, "bias": None}),
-        ("phases of another order", lambda a: {**a, "packed": pv.pack_upsample_weight(a["weight"], 2).flip(0)}),
+        ("phases of another order", lambda a: {**a, "packed": pv.pack_upsample_weight(a["weight"], 2).flip(3)}),
     ],
 )
 def test_the_rule_sees(name, change):
@@ -307,10 +311,10 @@ _DOUBLED = {"weight": _W3, "time_factor": 2, "pad_mode": "replicate"}
         ({"weight": torch.zeros(5, 8, 3)}, ShapeError, r"`weight` must have \(4, 5\) dimensions"),
         ({"weight": _W.bfloat16()}, DTypeError, "`weight` must be torch.float32 like `x`"),
         ({"bias": torch.zeros(4)}, ShapeError, r"`bias` must be \[5\]"),
-        ({"packed": torch.zeros(4, 5, 12, 8)}, ShapeError, r"`packed` must be \[4, 5, 4, 8\], contiguous"),
-        ({"packed": torch.zeros(4, 5, 8, 4).transpose(2, 3)}, ShapeError, "`packed` must be"),
-        ({"packed": torch.zeros(4, 5, 4, 8).half()}, DTypeError, "`packed` must be torch.float32"),
-        ({**_DOUBLED, "packed": torch.zeros(4, 5, 12, 8)}, ShapeError, r"`packed` must be \[8, 5, 8, 8\]"),
+        ({"packed": torch.zeros(8, 5, 3, 4, 4)}, ShapeError, r"`packed` must be \[8, 5, 1, 4, 4\], contiguous"),
+        ({"packed": torch.zeros(5, 8, 1, 4, 4).transpose(0, 1)}, ShapeError, "`packed` must be"),
+        ({"packed": torch.zeros(8, 5, 1, 4, 4).half()}, DTypeError, "`packed` must be torch.float32"),
+        ({**_DOUBLED, "packed": torch.zeros(8, 5, 3, 4, 4)}, ShapeError, r"`packed` must be \[8, 5, 4, 4, 4\]"),
         ({"time_factor": 3}, ValueOptionError, "`time_factor` must be 1 or 2"),
         ({"cache": torch.zeros(1, 1, 3, 4, 8)}, ShapeError, r"n <= 0"),
         ({**_DOUBLED, "cache": torch.zeros(1, 2, 3, 4, 8)}, ShapeError, r"\[1, n, 3, 4, 8\] with n <= 1"),
