@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dispatch import autocasting
 from ..errors import DeviceError, DTypeError, bad_shape, check_tensor, describe
 from .tiled import decoded, tell
-from .tiling import TilePlan, check_tiling
+from .tiling import TilePlan, check_tiling, resolve
 from .vae_stream import OP, VaeStream, as_dtype, check_chunk
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
@@ -33,9 +33,10 @@ class StreamingVaeDecoder:
             it is already with this ``impl``; ``restore(vae)`` undoes that.
         impl: of the ops; ``auto`` leaves an accelerated VAE as it is.
         tiling: None decodes whole frames, whatever the flags of the VAE. ``"auto"`` measures what they take, and
-            where that is more than there is, takes the tiles that fit with the fewest FLOPs. A
-            `pyvideo_kernels.nn.TilePlan` decodes in those tiles. Where memory runs out with None or ``"auto"``, the
-            clip is decoded again in tiles, which is said aloud, and goes on with the frame that it stopped at.
+            where that is more than there is, takes the tiles that fit with the fewest FLOPs. ``"vae"`` does as the
+            flags of the VAE say (``enable_tiling``); a `pyvideo_kernels.nn.TilePlan` decodes in those tiles. Where
+            memory runs out and nobody asked for tiles, the clip is decoded again in tiles, which is said aloud, and
+            goes on with the frame that it stopped at.
     Raises:
         ModelError: a model this package does not know.
         ValueOptionError: ``tiling`` is something else.
@@ -55,7 +56,7 @@ class StreamingVaeDecoder:
             accelerate(vae, impl=impl, ops=present.ops, strict=present.strict)
         self.vae = vae
         self.tiling = tiling
-        self.say = tell
+        self.say: Callable[[str], None] = tell
         """Told when tiles are taken for want of memory: a warning, unless it is set to something else."""
 
     def stream(
@@ -84,7 +85,8 @@ class StreamingVaeDecoder:
         def whole() -> Iterator[Tensor]:
             return _whole(stream, latents, chunk, dtype, given)
 
-        yield from decoded(stream, latents, chunk, self.tiling, whole, dtype=dtype, given=given, say=self.say)
+        tiling = resolve(self.tiling, stream, latents)
+        yield from decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, say=self.say)
 
     @torch.no_grad()
     def decode(
@@ -107,9 +109,8 @@ class StreamingVaeDecoder:
         if out is not None:
             _check_out(stream, latents, dtype, out)
         _fetch(self.vae)
-        return decode_clip(
-            stream, latents, chunk=chunk, dtype=dtype, out=out, tiling=self.tiling, say=self.say, **given
-        )
+        tiling = resolve(self.tiling, stream, latents)
+        return decode_clip(stream, latents, chunk=chunk, dtype=dtype, out=out, tiling=tiling, say=self.say, **given)
 
 
 def decode_clip(

@@ -282,6 +282,13 @@ def measure(stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any
 
 
 def check_tiling(tiling: Any) -> None:
-    """None, ``"auto"`` or a plan, or a typed error."""
-    if tiling is not None and tiling != "auto" and not isinstance(tiling, TilePlan):
-        bad_option(OP, "tiling", 'None, "auto" or a TilePlan', tiling)
+    """None, ``"auto"``, ``"vae"`` or a plan, or a typed error."""
+    if not isinstance(tiling, TilePlan) and tiling not in (None, "auto", "vae"):
+        bad_option(OP, "tiling", 'None, "auto", "vae" or a TilePlan', tiling)
+
+
+def resolve(tiling: Any, stream: VaeStream, latents: Tensor) -> Any:
+    """``"vae"`` as what the VAE's flags say of these latents; everything else as it is."""
+    if tiling != "vae":
+        return tiling
+    return tile_of_flags(stream) if stream.tiled(latents) else None

@@ -12,7 +12,8 @@ from .. import __version__
 from .plan import Plan
 from .problems import Interrupted
 from .settings import Settings
-from .video import destination, read_image, write_video
+from .video import destination, read_image
+from .writer import FilmWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,37 @@ if TYPE_CHECKING:
     from .run import Sampler
 
 _OnStep = Callable[[int, int, "Tensor"], None]
+
+
+class Reel:
+    """The frames of a film as they arrive: kept for the caller, in bytes or floats, and handed on in bytes.
+
+    Args:
+        plan: says how many frames there will be.
+        as_float: keep them as fp32 in [0, 1].
+        hand_on: takes ``[t, H, W, 3]`` uint8.
+    """
+
+    def __init__(self, plan: Plan, as_float: bool, hand_on: Callable[[Any], None]) -> None:
+        self.plan, self.as_float, self.hand_on = plan, as_float, hand_on
+        self.count = 0
+        self.frames: Any = None
+
+    def add(self, frames: Any) -> None:
+        """Frames ``[t, H, W, 3]``: uint8, or floats in [0, 1]."""
+        import numpy as np
+
+        if not len(frames):
+            return
+        if self.frames is None:
+            shape = (self.plan.frames, *frames.shape[1:])
+            self.frames = np.empty(shape, np.float32 if self.as_float else np.uint8)
+        start, self.count = self.count, self.count + len(frames)
+        into = self.frames[start : self.count]
+        in_bytes = frames if frames.dtype == np.uint8 else np.rint(frames * 255).astype(np.uint8)
+        into[:] = frames if self.as_float else in_bytes
+        # What is kept does not change any more, so the encoder may read it when it gets there.
+        self.hand_on(in_bytes if self.as_float else into)
 
 
 class Film:
@@ -30,7 +62,8 @@ class Film:
         self.reporter = sampler.reporter
         self.seconds: dict[str, float] = {}
         self.phase = "load"
-        self.pieces: list[Any] = []
+        self.writer: FilmWriter | None = None
+        self.path: Path | None = None
         self.preview_path: Path | None = None
         self.previewed = False
 
@@ -38,25 +71,38 @@ class Film:
         self, callback: _OnStep | None, latents: Tensor | None, as_float: bool
     ) -> tuple[Any, dict[str, Any], Path | None]:
         """Frames, stats and the path that was written."""
-        s, sampler = self.settings, self.sampler
+        sampler = self.sampler
         try:
             pipe = sampler.load()
             self.seconds = {"start": 0.0, "load": 0.0} | sampler.seconds
             sampler.seconds = {}
-            video = self._sample(pipe, callback, latents)
-            from .loop import to_bytes
-
-            frames = to_bytes(video)
-            path = None
-            if s.output is not None:
-                with self._phase("write", total=self.plan.frames) as advance:
-                    path = write_video(
-                        s.output, frames, self.plan.fps, self.metadata(), upscale=self.plan.upscale,
-                        note=self.reporter.note, on_frame=lambda index: advance(),
-                    )  # fmt: skip
+            clean = self._sample(pipe, callback, latents)
+            with self._written() as add:
+                reel = self._decode(pipe, clean, Reel(self.plan, as_float, add))
         except KeyboardInterrupt:
             raise Interrupted(self.phase, self._keep()) from None
-        return (video.cpu().numpy() if as_float else frames), self.stats(), path
+        finally:
+            if self.writer is not None:
+                self.writer.discard()
+        return reel.frames, self.stats(), self.path
+
+    @contextmanager
+    def _written(self) -> Iterator[Callable[[Any], None]]:
+        """What takes frames to the file while this is open; at the end the file is whole. No output: nowhere."""
+        if self.settings.output is None:
+            yield lambda frames: None
+            return
+        with self.reporter.phase("write", self.plan.frames) as advance:
+            writer = self.writer = FilmWriter(
+                self.settings.output, self.plan.fps, self.metadata(), upscale=self.plan.upscale,
+                note=self.reporter.note, on_frame=lambda index: advance(),
+            )  # fmt: skip
+            yield writer.add
+            self.phase = "write"
+            started = time.perf_counter()
+            self.path = writer.finish()
+            # What it took beside the decoding is in the decoding's time.
+            self.seconds["write"] = time.perf_counter() - started
 
     @contextmanager
     def _phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
@@ -80,6 +126,7 @@ class Film:
             torch.cuda.synchronize(self.sampler.device)
 
     def _sample(self, pipe: Any, callback: _OnStep | None, latents: Tensor | None) -> Tensor:
+        """Clean latents."""
         import torch
 
         from .. import dispatch
@@ -123,44 +170,58 @@ class Film:
 
             clean = denoise(pipe, plan, noise, conditions, stepper, timesteps, scheduler.sigmas, on_step)
         self.steps_taken = len(timesteps)
-        return self._decode(pipe, clean)
+        return clean
 
-    def _decode(self, pipe: Any, clean: Tensor) -> Tensor:
-        import torch
+    def _decode(self, pipe: Any, clean: Tensor, reel: Reel) -> Reel:
+        from .loop import streams
 
-        from .loading import is_out_of_memory
-        from .loop import decode, to_bytes
-
-        keep = self.settings.output is not None
         with self._phase("decode", total=int(clean.shape[2])) as advance:
-
-            def on_frames(pixels: Tensor) -> None:
-                if keep:
-                    self.pieces.append(to_bytes(pixels))
-                advance()
-
-            try:
-                video = decode(pipe, clean, on_frames)
-            except (RuntimeError, MemoryError) as error:
-                # The minutes of denoising are worth a second try in tiles.
-                if not is_out_of_memory(error) or pipe.vae.use_tiling:
-                    raise
-                out_of_memory = True
+            if not self.sampler.settings.eager and streams(pipe.vae):
+                self._decode_as_stream(pipe, clean, reel, advance)
             else:
-                out_of_memory = False
-            if out_of_memory:
-                self.pieces.clear()
-                if self.sampler.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                self.reporter.note("not enough memory to decode whole frames: decoding in tiles")
-                pipe.vae.enable_tiling()
-                try:
-                    video = decode(pipe, clean)
-                finally:
-                    pipe.vae.disable_tiling()
+                self._decode_at_once(pipe, clean, reel, advance)
         # With model offload, the last module goes back too.
         pipe.maybe_free_model_hooks()
-        return video
+        return reel
+
+    def _decode_as_stream(self, pipe: Any, clean: Tensor, reel: Reel, advance: Callable[[], None]) -> None:
+        import torch
+
+        from .loop import arrive, decode_stream
+
+        # Bytes are made where the frames are decoded, a quarter of what floats would weigh on their way.
+        dtype = None if reel.as_float else torch.uint8
+        for frames in arrive(decode_stream(pipe, clean, dtype=dtype, say=self.reporter.note)):
+            reel.add(frames)
+            advance()
+
+    def _decode_at_once(self, pipe: Any, clean: Tensor, reel: Reel, advance: Callable[[], None]) -> None:
+        """The VAE's own ``decode``, with a look at what its decoder gives on the way."""
+        from .loading import is_out_of_memory
+        from .loop import decode
+
+        def on_frames(pixels: Tensor) -> None:
+            reel.add(pixels.cpu().numpy())
+            advance()
+
+        try:
+            video = decode(pipe, clean, on_frames)
+        except (RuntimeError, MemoryError) as error:
+            # The minutes of denoising are worth a second try in tiles.
+            if not is_out_of_memory(error) or pipe.vae.use_tiling:
+                raise
+            video = None
+        if video is None:
+            from ..nn.memory import release
+
+            release(self.sampler.device)
+            self.reporter.note("not enough memory to decode whole frames: decoding in tiles")
+            pipe.vae.enable_tiling()
+            try:
+                video = decode(pipe, clean)
+            finally:
+                pipe.vae.disable_tiling()
+        reel.add(video[reel.count :].cpu().numpy())
 
     def _preview_writer(self, pipe: Any) -> Callable[[int, int, Tensor], None] | None:
         s = self.settings
@@ -190,13 +251,11 @@ class Film:
     def _keep(self) -> list[Path]:
         """After Ctrl-C: what was decoded becomes a shorter film of its own; a preview stays."""
         kept = []
-        if self.pieces and self.phase == "decode" and self.settings.output is not None:
-            import numpy as np
-
+        if self.writer is not None and self.phase == "decode" and self.settings.output is not None:
             whole = destination(self.settings.output)
-            partial = whole.with_name(f"{whole.stem}.partial{whole.suffix}")
-            frames = np.concatenate(self.pieces)
-            kept.append(write_video(partial, frames, self.plan.fps, self.metadata(), upscale=self.plan.upscale))
+            partial = self.writer.keep(whole.with_name(f"{whole.stem}.partial{whole.suffix}"))
+            if partial is not None:
+                kept.append(partial)
         if self.previewed and self.preview_path is not None:
             kept.append(self.preview_path)
         return kept

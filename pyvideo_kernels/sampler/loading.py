@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..error_types import ModelError, UsageError
+from ..nn.memory import is_out_of_memory as is_out_of_memory
 from .modeldir import Model
 from .problems import OutOfMemoryError
 
@@ -159,13 +160,6 @@ def place(pipe: Any, device: torch.device, offload: str) -> None:
         # diffusers advises against fp16 on a CPU here, in its own words and once a component.
         with quiet_libraries():
             pipe.to(device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of torch or Python says that memory ran out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 @contextlib.contextmanager

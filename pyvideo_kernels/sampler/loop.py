@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +138,64 @@ def denoise(
     return latents
 
 
+def streams(vae: Any) -> bool:
+    """Whether a VAE decodes through this package's stream: accelerated, and with the ops for it."""
+    from ..integrations.swap import swapped
+
+    return any(module is vae for _, module, _ in swapped(vae))
+
+
+@torch.no_grad()
+def decode_stream(
+    pipe: Any, latents: Tensor, *, dtype: torch.dtype | None = None, say: Callable[[str], None] | None = None
+) -> Iterator[Tensor]:
+    """Frames ``[1, 3, t, H, W]`` from clean latents of one film, as an accelerated VAE decodes them.
+
+    Args:
+        dtype: None is that of the VAE, in [-1, 1]; torch.uint8 gives bytes.
+        say: told when the decoder goes on in tiles for want of memory; None is a warning.
+    """
+    from ..nn import StreamingVaeDecoder
+
+    decoder = StreamingVaeDecoder(pipe.vae, tiling="vae")
+    if say is not None:
+        decoder.say = say
+    frames: Iterator[Tensor] = decoder.stream(denormalise(pipe.vae, latents.to(pipe.vae.dtype)), dtype=dtype)
+    return frames
+
+
+def arrive(pieces: Iterator[Tensor]) -> Iterator[Any]:
+    """Frames of a stream as arrays ``[t, H, W, 3]`` on the host: uint8 as they are, others in [0, 1], fp32.
+
+    On a GPU a piece is copied while the next one is decoded: it is handed over once that one is under way.
+    """
+    waiting: list[tuple[Any, Tensor]] = []
+    for piece in pieces:
+        frames = piece[0].permute(1, 2, 3, 0) if piece.dtype == torch.uint8 else to_pixels(piece)
+        frames = frames.contiguous()
+        del piece
+        if frames.device.type != "cuda":
+            yield frames.numpy()
+            continue
+        host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+        host.copy_(frames, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(frames.device))
+        waiting.append((copied, host))
+        if len(waiting) > 1:
+            yield _landed(*waiting.pop(0))
+    for each in waiting:
+        yield _landed(*each)
+
+
+def _landed(copied: Any, host: Tensor) -> Any:
+    copied.synchronize()
+    return host.numpy()
+
+
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor, on_frames: Callable[[Tensor], None] | None = None) -> Tensor:
-    """Pixels ``[T, H, W, 3]`` in [0, 1] from clean latents of one film.
+    """Pixels ``[T, H, W, 3]`` in [0, 1] from clean latents of one film, by the VAE's own ``decode``.
 
     Args:
         on_frames: receives the pixels of each latent frame, in order, as the decoder finishes it. Not called where

@@ -31,7 +31,9 @@ class Reporter:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """A phase of a run; the value advances it by one of ``total``."""
+        """A phase of a run; the value advances it by one of ``total``, from any thread. A phase may be inside another
+        that goes on beside it: frames are written while later ones are decoded.
+        """
         yield lambda: None
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -43,6 +45,8 @@ class PlainReporter(Reporter):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream
+        self._inner: tuple[str, float] | None = None
+        """The phase that ended last inside the present one, and when."""
 
     def _say(self, text: str) -> None:
         print(text, file=self.stream or sys.stderr, flush=True)
@@ -70,10 +74,16 @@ class PlainReporter(Reporter):
                 each = (now - started) / done
                 self._say(f"{PHASES[name]}: {done}/{total}, {each:.3g} s each, {_clock(each * (total - done))} to go")
 
+        self._inner = None
         yield advance
-        elapsed = time.monotonic() - started
-        each = f", {elapsed / done:.3g} s a step" if name == "denoise" and done else ""
-        self._say(f"{PHASES[name]}: {elapsed:.2f} s{each}")
+        ended = time.monotonic()
+        elapsed = ended - started
+        more = f", {elapsed / done:.3g} s a step" if name == "denoise" and done else ""
+        if self._inner is not None:
+            inner, before = self._inner
+            more = f", {ended - before:.2f} s of it after {PHASES[inner]}"
+        self._say(f"{PHASES[name]}: {elapsed:.2f} s{more}")
+        self._inner = (name, ended)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         self._say("; ".join(f"{name} {value}" for name, value in rows))
@@ -86,6 +96,8 @@ class RichReporter(Reporter):
         from rich.console import Console
 
         self.console = console or Console(stderr=True)
+        self._bars: Any = None
+        """The bars of the phase under way, which those inside it join."""
 
     def plan(self, line: str) -> None:
         self.console.print(f"[bold]plan[/] {_plain(line)}", highlight=False)
@@ -98,14 +110,11 @@ class RichReporter(Reporter):
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns: list[Any] = [SpinnerColumn(finished_text="[green]✓[/]"), TextColumn(f"{PHASES[name]:<15}")]
-        if total:
-            columns += [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[each]}")]
-        columns += [TimeElapsedColumn()] + ([TextColumn("eta"), TimeRemainingColumn()] if total else [])
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(name, total=total or 1, each="")
+        outer = self._bars
+        bars = outer if outer is not None else _bars(self.console, counted=bool(total))
+        with bars if outer is None else contextlib.nullcontext():
+            self._bars = bars
+            task = bars.add_task(PHASES[name], total=total or 1, each="")
             started = time.monotonic()
             done = 0
 
@@ -113,10 +122,13 @@ class RichReporter(Reporter):
                 nonlocal done
                 done += 1
                 each = f"{(time.monotonic() - started) / done:.3g} s/step" if name == "denoise" else ""
-                bar.update(task, completed=done if total else 0, each=each)
+                bars.update(task, completed=done if total else 0, each=each)
 
-            yield advance
-            bar.update(task, completed=total or 1)
+            try:
+                yield advance
+            finally:
+                self._bars = outer
+            bars.update(task, completed=total or 1)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         from rich.table import Table
@@ -127,6 +139,17 @@ class RichReporter(Reporter):
         for name, value in rows:
             table.add_row(name, _plain(value))
         self.console.print(table)
+
+
+def _bars(console: Any, *, counted: bool) -> Any:
+    """One line a phase; ``counted`` with a bar, how many of how many, and when it will be done."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns: list[Any] = [SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description:<15}")]
+    if counted:
+        columns += [BarColumn(24), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[each]}")]
+    columns += [TimeElapsedColumn()] + ([TextColumn("eta"), TimeRemainingColumn()] if counted else [])
+    return Progress(*columns, console=console)
 
 
 def _plain(text: str) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,25 @@ def write_video(
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.shape[0]:
         raise OutputError(f"frames must be [T, H, W, 3] uint8 with T > 0; got {list(frames.shape)} {frames.dtype}")
     check_output(path)
+    return encode(path, frames, fps, metadata, upscale=upscale, note=note, on_frame=on_frame)
+
+
+def encode(
+    path: str | Path,
+    frames: Iterable[Any],
+    fps: float,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    upscale: int = 1,
+    note: Callable[[str], None] = lambda text: None,
+    on_frame: Callable[[int], None] = lambda index: None,
+    settle: Callable[[Path], Path] = lambda target: target,
+) -> Path:
+    """`write_video` of frames ``[H, W, 3]`` as they come, to a path that `check_output` has passed.
+
+    Args:
+        settle: asked at the end, with the destination: where the film goes after all, in the same folder.
+    """
     kind, target = kind_of(Path(path)), destination(path)
     text = json.dumps(dict(metadata or {}), ensure_ascii=False, sort_keys=True)
 
@@ -152,26 +171,26 @@ def write_video(
             yield np.ascontiguousarray(frame)
             on_frame(index)
 
-    with _beside(target, folder=kind == ".png") as temporary:
-        try:
+    try:
+        with _beside(target, folder=kind == ".png", settle=settle) as temporary:
             if kind == ".png":
                 _write_pngs(temporary, images(), text)
             elif kind == ".gif":
                 _write_gif(temporary, images(), fps, text)
             else:
                 _write_av(temporary, images(), kind, fps, text, note)
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(
-                f"{target} could not be written ({error.strerror or error}); free some space or choose another --output"
-            ) from error
-    return target
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"{target} could not be written ({error.strerror or error}); free some space or choose another --output"
+        ) from error
+    return settle(target)
 
 
 @contextlib.contextmanager
-def _beside(target: Path, *, folder: bool) -> Iterator[Path]:
-    """A temporary path in the same folder that replaces ``target`` on success and vanishes on any failure."""
+def _beside(target: Path, *, folder: bool, settle: Callable[[Path], Path] = lambda target: target) -> Iterator[Path]:
+    """A temporary path in the same folder that replaces ``settle(target)`` on success and vanishes on any failure."""
     # The suffix stays last: FFmpeg and PIL choose the format by it.
     suffix = "" if folder else target.suffix
     if folder:
@@ -182,6 +201,7 @@ def _beside(target: Path, *, folder: bool) -> Iterator[Path]:
         temporary = Path(name)
     try:
         yield temporary
+        target = settle(target)
         # mkstemp makes private files; a film gets the permissions any new file would.
         mask = os.umask(0)
         os.umask(mask)

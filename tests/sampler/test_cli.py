@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pyvideo_kernels.sampler import doctor, film, loading, loop, video
+from pyvideo_kernels.sampler import doctor, loading, loop, video
 from pyvideo_kernels.sampler.cli import app
 from pyvideo_kernels.sampler.video import read_metadata
+from pyvideo_kernels.sampler.writer import FilmWriter
 
 PROMPT = "a red ball moves left on a black background"
 
@@ -272,6 +274,32 @@ def test_no_memory_names_the_remedy(model_dir: Path, tmp_path: Path, monkeypatch
 def test_a_decoder_without_memory_goes_on_in_tiles(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real = loading.load_pipeline
+    widths: list[int] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        pipe = real(*args, **kwargs)
+        before = pipe.vae.decoder.conv_in.register_forward_pre_hook
+
+        def scarce(_module: Any, given: Any) -> None:
+            widths.append(given[0].shape[-1])
+            # The first frame is delivered; the next ones find no room for whole frames.
+            if given[0].shape[-1] > 4 and len(widths) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        before(scarce)
+        return pipe
+
+    monkeypatch.setattr(loading, "load_pipeline", load)
+    result = run("sample", PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4")
+    assert "note: vae decode: not enough memory after 1 frames: decoding again in tiles of" in result.stderr
+    assert widths[:2] == [6, 6] and set(widths[2:]) <= {2, 3, 4}
+    assert decoded(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
+
+
+def test_diffusers_decoder_without_memory_goes_on_in_tiles(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers import AutoencoderKLWan
 
     real = AutoencoderKLWan.decode
@@ -284,7 +312,7 @@ def test_a_decoder_without_memory_goes_on_in_tiles(
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(AutoencoderKLWan, "decode", decode)
-    result = run("sample", PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4")
+    result = run("sample", PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4", "--eager")
     assert tiling == [False, True] and "decoding in tiles" in result.stderr
     assert decoded(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
 
@@ -318,32 +346,30 @@ def test_ctrl_c_while_denoising_keeps_the_old_film_and_the_preview(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.preview.png"]
 
 
+@pytest.mark.parametrize("eager", [False, True])
 def test_ctrl_c_while_decoding_keeps_the_frames_there_are(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eager: bool, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, stop = loop.decode, interrupt_at(2)
-
-    def decode(pipe: Any, latents: Any, on_frames: Any) -> Any:
-        return real(pipe, latents, lambda pixels: (stop(), on_frames(pixels)))
-
-    monkeypatch.setattr(loop, "decode", decode)
-    result = run("sample", PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4", code=130)
+    stop = interrupt_at(2)
+    if eager:
+        real = loop.decode
+        monkeypatch.setattr(
+            loop, "decode", lambda pipe, x, on_frames: real(pipe, x, lambda pixels: (stop(), on_frames(pixels)))
+        )
+    else:
+        arrive = loop.arrive
+        monkeypatch.setattr(loop, "arrive", lambda pieces: ((stop(), each)[1] for each in arrive(pieces)))
+    out = tmp_path / "a.mp4"
+    result = run("sample", PROMPT, "--model", model_dir, "-o", out, *(["--eager"] if eager else []), code=130)
     assert result.stderr.splitlines()[-1] == f"interrupted during decode; kept {tmp_path / 'a.partial.mp4'}"
     assert [p.name for p in tmp_path.iterdir()] == ["a.partial.mp4"]
     assert decoded(tmp_path / "a.partial.mp4").shape == (1, 32, 48, 3)
+    assert read_metadata(tmp_path / "a.partial.mp4")["prompt"] == PROMPT
 
 
 def test_ctrl_c_while_writing_and_in_a_batch(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = film.write_video, 0
-
-    def write(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 2:
-            kwargs["on_frame"] = interrupt_at(3)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(film, "write_video", write)
+    real, stop = FilmWriter.finish, interrupt_at(2)
+    monkeypatch.setattr(FilmWriter, "finish", lambda self: (stop(), real(self))[1])
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "red"}\n{"prompt": "ball"}')
     args = ("--prompts", prompts, "--model", model_dir, "-o", tmp_path / "films", "--stats", tmp_path / "s.json")
@@ -354,6 +380,45 @@ def test_ctrl_c_while_writing_and_in_a_batch(model_dir: Path, tmp_path: Path, mo
     assert result.stderr.splitlines()[-1] == "interrupted during write; nothing was written"
     assert list((tmp_path / "films").iterdir()) == [first]
     assert len(json.loads((tmp_path / "s.json").read_text())["runs"]) == 1
+
+
+def test_frames_go_to_the_file_while_later_ones_are_decoded(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second latent is not decoded before the frame of the first is with the encoder."""
+    encoded, arrive = threading.Event(), loop.arrive
+    real = video._write_av
+
+    def write(path: Any, images: Any, *rest: Any) -> None:
+        def noted() -> Any:
+            for image in images:
+                encoded.set()
+                yield image
+
+        real(path, noted(), *rest)
+
+    def slowly(pieces: Any) -> Any:
+        for each in arrive(pieces):
+            yield each
+            assert encoded.wait(30), "nothing was written while there was something to decode"
+
+    monkeypatch.setattr(video, "_write_av", write)
+    monkeypatch.setattr(loop, "arrive", slowly)
+    result = run("sample", PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4")
+    assert decoded(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
+    line = next(line for line in result.stderr.splitlines() if line.startswith("write the film: "))
+    assert " s of it after decode" in line
+
+
+def test_a_full_disk_stops_the_decoding(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Any, images: Any, *rest: Any) -> None:
+        next(images)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video, "_write_av", full)
+    error = run("sample", PROMPT, "--model", model_dir, "-o", tmp_path / "a.mp4", code=5).stderr.splitlines()[-1]
+    assert "No space left on device" in error and "free some space" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 # The other commands ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pyvideo_kernels import accelerate, restore
 from pyvideo_kernels.errors import ModelError, UsageError
-from pyvideo_kernels.sampler import Interrupted, Result, sample
+from pyvideo_kernels.sampler import Interrupted, Result, loop, sample
 from pyvideo_kernels.sampler.kernels import is_accelerated
 
 from . import pipes
@@ -185,6 +185,25 @@ def test_uint8_frames_are_the_rounded_floats(pipe: Any) -> None:
     exact, rounded = ours(pipe).frames, sample(PROMPT, model=pipe, **SIZE).frames
     assert rounded.dtype == np.uint8 and rounded.shape == (5, 32, 48, 3)
     np.testing.assert_array_equal(rounded, np.round(exact * 255).astype(np.uint8))
+
+
+def test_frames_are_decoded_as_the_vae_and_the_ops_say(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed: list[Any] = []
+    real = loop.decode_stream
+    monkeypatch.setattr(loop, "decode_stream", lambda *a, **k: streamed.append(k["dtype"]) or real(*a, **k))
+    expected = ours(pipe, eager=True).frames
+    assert psnr(ours(pipe, ops="rms_norm").frames, expected) > 60 and not streamed, "diffusers' decoder was kept"
+    whole = ours(pipe).frames
+    assert streamed == [None]
+    sample(PROMPT, model=pipe, **SIZE)
+    assert streamed == [None, torch.uint8]
+    # Tiles that the pipeline's owner has asked for.
+    pipe.vae.enable_tiling(24, 24, 16, 16)
+    try:
+        tiled, theirs = ours(pipe).frames, ours(pipe, eager=True).frames
+    finally:
+        pipe.vae.disable_tiling()
+    assert psnr(tiled, theirs) > 60 > psnr(tiled, whole)
 
 
 def test_a_loaded_pipeline_keeps_its_own_placement(pipe: Any) -> None:
