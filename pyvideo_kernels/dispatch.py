@@ -194,12 +194,11 @@ def _in_order(place: str) -> Callable[..., tuple[tuple[str, ...], str]]:
     return found
 
 
-def _require(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+def _require(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
     """What ``impl`` hands over to, empty if it is ours; raises UnsupportedError where that does not serve this."""
     if impl == "cudnn":
-        from .ops import causal_conv3d_library
-
-        return causal_conv3d_library.cudnn_for_auto()
+        module = importlib.import_module(op.impls["cudnn"].partition(":")[0])
+        return str(module.cudnn_for_auto())
     if impl != "flash":
         return ""
     from .ops import flash_attention
@@ -226,7 +225,7 @@ def explain(
     choices, changed = _ordered(op, device, dtype, head_dim, args)
     for impl in choices:
         try:
-            library = _require(impl, device, dtype, head_dim)
+            library = _require(op, impl, device, dtype, head_dim)
             load(op, impl)
         except UnsupportedError as error:
             rows.append((impl, False, str(error)))
@@ -315,7 +314,7 @@ def trusted(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_di
     verdict = _verdicts.get(settled)
     if verdict is not None:
         return verdict
-    _require(impl, device, dtype, head_dim)
+    _require(op, impl, device, dtype, head_dim)
     load(op, impl)  # raises where there is nothing to verify, and imports the compiler whose version the key has
     arch = arch_of(device)
     with _lock:

@@ -264,8 +264,14 @@ _ROWS: tuple[Op, ...] = (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, int time_factor, Tensor? cache, bool first, "
         "str pad_mode, Tensor? residual, str impl) -> Tensor",
         fakes.upsample_conv2d,
-        # On the CPU the library's transposed convolution is the kernel.
-        {**_impls("upsample_conv2d", "triton"), "cpu": "pyvideo_kernels.ops.upsample_conv2d:upsample_conv2d_cpu"},
+        # On the CPU the library's transposed convolution is the kernel; on a GPU it is there for want of ours.
+        {
+            **_impls("upsample_conv2d", "triton"),
+            "cudnn": "pyvideo_kernels.ops.upsample_conv2d_library:upsample_conv2d_cudnn",
+            "cpu": "pyvideo_kernels.ops.upsample_conv2d_library:upsample_conv2d_cpu",
+        },
+        auto={"cuda": ("triton", "cudnn", "reference")},
+        in_order="pyvideo_kernels.ops.upsample_conv2d_library:in_order",
     ),
     Op(
         "vae_attention",

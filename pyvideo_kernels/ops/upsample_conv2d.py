@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import (
     DTypeError,
-    UnsupportedError,
     bad_option,
     bad_shape,
     check_last_dim_contiguous,
@@ -19,7 +18,7 @@ from ..errors import (
     describe,
     refuse_grad,
 )
-from ..reference.upsample_conv2d import output_shape, past_frames, with_past
+from ..reference.upsample_conv2d import output_shape, past_frames
 from ._checks import check_vector
 
 PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
@@ -140,7 +139,7 @@ def upsample_conv2d(
             ``time_factor`` 2 with kt 3). ``first_frame``: the first frame repeated, zeros around. ``replicate``: the
             first frame and the edge pixels repeated; ``reflect`` is the same, for a doubled image.
         residual: shape of the result, fp32 or the dtype of ``x``; added in fp32 before the one rounding.
-        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton``, ``cudnn`` or ``cpu``; an explicit choice never falls back.
     Returns:
         ``[B, T', 2H, 2W, O]``, contiguous, dtype of ``x``; T' = T, or 2T - 1 (``first``) or 2T for ``time_factor`` 2.
     Raises:
@@ -199,63 +198,3 @@ def upsample_conv2d(
     return torch.ops.pyvideo.upsample_conv2d(
         x, weight, bias, packed, time_factor, cache, first, pad_mode, residual, impl
     )
-
-
-def upsample_conv2d_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    time_factor: int,
-    cache: Tensor | None,
-    first: bool,
-    pad_mode: str,
-    residual: Tensor | None,
-) -> Tensor:
-    """``impl="cpu"``: oneDNN's transposed convolution, which is what the phases are together.
-
-    It writes every pixel of the large image once, where it belongs; the large input is never made.
-    """
-    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
-        raise UnsupportedError(f"upsample_conv2d: oneDNN does not take {x.dtype} here; use impl='reference'")
-    shape = output_shape(x, weight, time_factor, first)
-    if x.numel() == 0:
-        return x.new_zeros(shape)
-    kt = weight.shape[2] if weight.dim() == 5 else 1
-    if packed is None:
-        packed = pack_upsample_weight(weight, time_factor)
-    kernel = as_transposed(packed)
-    past = past_frames(weight, time_factor)
-    if past and x.shape[1] == 1 and (cache is None or cache.shape[1] == 0):
-        # An image: the frames that are read are zeros or itself, which then is more channels of one image.
-        kernel = kernel[:, :, :1] if pad_mode == "zeros" else kernel[:, :, time_factor - 1 :: time_factor]
-        x = x.repeat(1, 1, 1, 1, kernel.shape[2])
-        kernel = kernel.permute(2, 0, 1, 3, 4).flatten(0, 1).unsqueeze(2)
-        kt, past = 1, 0
-    frames = with_past(x, cache, past, pad_mode) if past else x
-    edge = 1
-    if pad_mode in ("replicate", "reflect"):
-        frames, edge = _repeat_edges(frames), 3
-    if bias is not None:
-        bias = bias.to(x.dtype)
-    if kt == 1:
-        b, t = frames.shape[:2]
-        images = frames.flatten(0, 1).permute(0, 3, 1, 2)
-        y = torch.conv_transpose2d(images, kernel[:, :, 0], bias, 2, edge).permute(0, 2, 3, 1).unflatten(0, (b, t))
-        if shape[1] != t:
-            twice = torch.arange(2 * t - shape[1], 2 * t, device=x.device) // 2
-            y = y.index_select(1, twice)
-    else:
-        # In time as in space: the ends, which see a frame too few, are cut off.
-        clip = frames.permute(0, 4, 1, 2, 3)
-        window = ((time_factor, 2, 2), (kt - 1, edge, edge))
-        y = torch.conv_transpose3d(clip, kernel, bias, *window).permute(0, 2, 3, 4, 1)
-        y = y[:, y.shape[1] - shape[1] :]
-    return y.contiguous() if residual is None else torch.add(y, residual.to(y.dtype), out=x.new_empty(shape))
-
-
-def _repeat_edges(x: Tensor) -> Tensor:
-    """One more pixel on every side, equal to the edge."""
-    x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
-    return torch.cat([x[:, :, :, :1], x, x[:, :, :, -1:]], 3)

@@ -126,10 +126,11 @@ def samples(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     yield case(randn(1, 1, 5, 9, 16, dtype=dtype, g=g), 24, residual=True)
     yield case(randn(2, 1, 1, 1, 16, dtype=dtype, g=g), 48, bias=False)
     # HunyuanVideo: (1, 2, 2) and (2, 2, 2), the edges repeated.
-    yield case(randn(1, 2, 3, 4, 16, dtype=dtype, g=g), 16, 3, pad_mode="replicate")
+    yield case(randn(1, 1, 3, 4, 16, dtype=dtype, g=g), 16, 3, pad_mode="replicate")
     yield case(randn(1, 2, 3, 2, 16, dtype=dtype, g=g), 16, 3, time_factor=2, pad_mode="replicate")
     x = randn(1, 1, 2, 3, 16, dtype=dtype, g=g)
-    yield case(x, 16, 3, time_factor=2, cached=1, first=False, pad_mode="replicate", residual=True)
+    last = case(x, 16, 3, time_factor=2, cached=1, first=False, pad_mode="replicate", residual=True)
+    yield {**last, "residual": last["residual"].float() if dtype != torch.float64 else last["residual"]}
     yield case(randn(1, 1, 3, 3, 16, dtype=dtype, g=g), 3, 3, time_factor=2, pad_mode="first_frame")
     # Part of a past: two frames are read, one is there.
     yield case(randn(1, 1, 2, 5, 16, dtype=dtype, g=g), 16, 3, cached=1)

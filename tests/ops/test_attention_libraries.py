@@ -163,7 +163,7 @@ class OnCard:
         self.trust = True
 
     def trusted(self, op, impl, device, dtype, head_dim):
-        dispatch._require(impl, device, dtype, head_dim)
+        dispatch._require(op, impl, device, dtype, head_dim)
         return self.trust
 
     def __call__(self, *args, **options):

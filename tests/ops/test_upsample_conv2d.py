@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 import pyvideo_kernels as pv
+from pyvideo_kernels import collect_env, dispatch
 from pyvideo_kernels.configs import upsample_conv2d as configs
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError, ValueOptionError
 from pyvideo_kernels.ops import upsample_conv2d as ops
@@ -346,3 +347,23 @@ def test_triton_refuses_float64():
 def test_without_frames(impl):
     x, weight = _X[:, :0].to(helpers.DEVICE), _W.to(helpers.DEVICE)
     assert pv.upsample_conv2d(x, weight, impl=impl).shape == (1, 0, 6, 8, 5)
+
+
+def test_cudnn_stands_in_for_the_kernel(monkeypatch):
+    """What is handed to cuDNN, multiplied here by oneDNN; and when ``auto`` does not."""
+    if not helpers.GPU:
+        with pytest.raises(DeviceError, match="impl 'cudnn' needs CUDA tensors"):
+            pv.upsample_conv2d(_X, _W, impl="cudnn")
+        with pytest.raises(UnsupportedError, match="upsample_conv2d: impl 'cudnn' needs a torch that is built with"):
+            dispatch.load(OPS[NAME], "cudnn")(*OPS[NAME].bind(**next(samples(OPS[NAME], torch.float32))))
+    if not helpers.GPU:
+        monkeypatch.setattr(collect_env, "cudnn_version", lambda: "9.15.1")
+    helpers.check_implementation(NAME, "cudnn", helpers.DEVICE, torch.float32)
+    monkeypatch.setattr(collect_env, "cudnn_version", lambda: "9.15.1")
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    images, clips = (OPS[NAME].bind(**s) for s in itertools.islice(samples(OPS[NAME], torch.bfloat16), 1, 3))
+    order = lambda args: dispatch.order(OPS[NAME], torch.device("cuda", 0), torch.bfloat16, None, args)
+    assert order(images) == order(clips) == ("triton", "cudnn", "reference")
+    monkeypatch.setattr(collect_env, "cudnn_version", lambda: "9.10.2")
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    assert order(images) == ("triton", "cudnn", "reference") and order(clips) == ("triton", "reference")
