@@ -6,6 +6,7 @@ names; where no source says that a later version is right, the range is open. To
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,28 @@ PROBLEMS: tuple[Problem, ...] = (
         {"torch": (None, "2.9"), "cudnn": ("9.8", "9.15")},
     ),
     Problem(
+        "conv3d-tf32-wrong",
+        WRONG,
+        "torch.nn.functional.conv3d on fp32 clips can return wrong values where cuDNN may use TF32, torch's default: a "
+        "stock VAE in fp32 decodes so.",
+        "use torch >= 2.9.1, or torch.backends.cudnn.allow_tf32 = False; causal_conv3d's own kernels are not affected",
+        ("https://github.com/pytorch/pytorch/pull/167024",),
+        {"torch": (None, "2.9.1"), "cudnn": ("9.10.2", None)},
+    ),
+    Problem(
+        "conv3d-2.9.0-slow",
+        SLOW,
+        "torch 2.9.0 keeps every bf16 and fp16 conv3d away from cuDNN, whichever it is and in any layout: stock VAE "
+        "decoding takes several times the memory and time.",
+        "pip install -U 'torch>=2.9.1' and 'nvidia-cudnn-cu13>=9.15' (cu12 for CUDA 12); causal_conv3d leaves it out",
+        (
+            "https://github.com/pytorch/pytorch/pull/163581",
+            f"{_PYTORCH}166643",
+            "https://github.com/nvidia-cosmos/cosmos-transfer2.5/pull/227",
+        ),
+        {"torch": ("2.9", "2.9.1"), "cudnn": ("9.8", None)},
+    ),
+    Problem(
         "conv3d-slow",
         SLOW,
         "torch keeps bf16 and fp16 conv3d in the default (contiguous) layout away from this cuDNN, whose results would "
@@ -115,6 +138,7 @@ PROBLEMS: tuple[Problem, ...] = (
         (
             "https://github.com/huggingface/transformers/issues/45750",
             "https://github.com/sgl-project/sglang-omni/pull/539",
+            f"{_PYTORCH}168167",
             f"{_PYTORCH}174051",
         ),
         {"torch": ("2.9", None), "cudnn": ("9.8", "9.15")},
@@ -172,6 +196,26 @@ PROBLEMS: tuple[Problem, ...] = (
         interpreter=True,
     ),
 )
+
+
+_CONV3D = ("conv3d-wrong", "conv3d-2.9.0-slow", "conv3d-slow")
+"""Rows about a 3-D convolution in bf16 or fp16 by cuDNN, the worst first."""
+
+
+def conv3d_trouble(setup: Setup) -> Problem | None:
+    """Why a 3-D convolution in bf16 or fp16 is not to be handed to this torch's cuDNN; None: it may be.
+
+    On any card, and in channels-last layout too: torch sends that to every cuDNN from 2.9.1 on, and nobody says since
+    when it is right. Looked up once for each pair of versions, so that a call may ask.
+    """
+    return _conv3d_trouble(setup.versions.get("torch"), setup.versions.get("cudnn"))
+
+
+@functools.lru_cache
+def _conv3d_trouble(torch: str | None, cudnn: str | None) -> Problem | None:
+    setup = Setup({"torch": torch, "cudnn": cudnn}, archs=("any",))
+    rows = {problem.name: problem for problem in PROBLEMS if problem.name in _CONV3D and problem.applies(setup)}
+    return next((rows[name] for name in _CONV3D if name in rows), None)
 
 
 def problems(setup: Setup) -> list[Problem]:

@@ -135,8 +135,6 @@ CUDNN_CHANNELS, CUDNN_TAPS = 256, 9
 near the peak of the tensor cores there, which pays for what it needs beside (a copy that joins cache and clip, passes
 for the bias, the residual and the epilogue), and far from it at 96 and 192 channels. Not our measurement."""
 
-_CUDNN_KNOWN = ("conv3d-wrong", "conv3d-slow")
-
 
 def cudnn_label() -> str:
     """``cuDNN 9.15.1``; raises UnsupportedError where torch has none to call."""
@@ -155,11 +153,8 @@ def cudnn_problem() -> str:
     from .. import known_bad
     from ..collect_env import cudnn_version
 
-    versions = {"torch": torch.__version__, "cudnn": cudnn_version()}
-    # Which card it is does not matter to these rows.
-    setup = known_bad.Setup(versions, archs=("any",))
-    found = (problem.name for problem in known_bad.problems(setup) if problem.name in _CUDNN_KNOWN)
-    return next(found, "")
+    found = known_bad.conv3d_trouble(known_bad.Setup({"torch": torch.__version__, "cudnn": cudnn_version()}))
+    return "" if found is None else found.name
 
 
 def cudnn_for_auto() -> str:

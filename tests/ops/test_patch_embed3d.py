@@ -1,8 +1,11 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyvideo_kernels as pv
+from pyvideo_kernels import dispatch
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError
+from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
 from . import helpers
@@ -20,6 +23,36 @@ def inputs(dtype=torch.float32, channels=3, dim=5, patch=(1, 2, 2), shape=(2, 4,
 def convolution(video, weight, bias):
     """What the models do: a convolution whose stride is its kernel, then tokens."""
     return torch.nn.functional.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+
+
+class Called(TorchDispatchMode):
+    """Names of the torch operations made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_implementation_calls_a_convolution():
+    """Conv3d whose stride is its kernel takes seconds with several torch and cuDNN pairs; see known_bad.py."""
+    video, weight, bias = (t.to(helpers.DEVICE) for t in inputs())
+    calls = [(OPS[NAME], impl, (video, weight, bias, [1, 2, 2])) for impl in OPS[NAME].impls]
+    back = OPS[f"{NAME}_backward"]
+    grad = torch.ones_like(pv.patch_embed3d(video, weight, bias))
+    calls += [(back, impl, ([grad], video, weight, bias, [1, 2, 2], [True] * 3)) for impl in back.impls]
+    for op, impl, args in calls:
+        if impl == "cpu" and helpers.GPU:
+            continue
+        with Called() as called:
+            dispatch.load(op, impl)(*args)
+        assert called.names and not [name for name in called.names if "conv" in name or "unfold" in name], impl
+    with Called() as called:
+        convolution(video, weight, bias)
+    assert "convolution" in called.names, "the test would see one"
 
 
 @pytest.mark.parametrize(("impl", "device", "dtype"), helpers.implementations(NAME))

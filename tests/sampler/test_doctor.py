@@ -49,6 +49,52 @@ def test_conv3d_is_wrong_or_slow_by_torch_and_cudnn(versions, wrong, slow):
     assert ("conv3d-slow" in found) == ("conv3d-as-patches" in found) == slow
 
 
+@pytest.mark.parametrize(
+    ("versions", "name"),
+    [
+        ({"torch": "2.8.0+cu128", "cudnn": "9.10.2"}, "conv3d-wrong"),
+        ({"torch": "2.8.0+cu128", "cudnn": "9.7.1"}, None),
+        # This release avoids every cuDNN; the next one those that are wrong.
+        ({"torch": "2.9.0+cu128", "cudnn": "9.10.2"}, "conv3d-2.9.0-slow"),
+        ({"torch": "2.9.0+cu128", "cudnn": "9.21.0"}, "conv3d-2.9.0-slow"),
+        ({"torch": "2.9.1+cu128", "cudnn": "9.10.2"}, "conv3d-slow"),
+        ({"torch": "2.9.1+cu128", "cudnn": "9.15.0"}, None),
+        ({"torch": "2.13.0+cu130", "cudnn": None}, None),
+        ({}, None),
+    ],
+)
+def test_when_conv3d_is_not_handed_to_cudnn(versions, name):
+    found = known_bad.conv3d_trouble(Setup(versions))
+    assert (found and found.name) == name
+    # One look at the table for each pair of versions.
+    before = known_bad._conv3d_trouble.cache_info().hits
+    assert known_bad.conv3d_trouble(Setup(versions, ("sm_90",))) is found
+    assert known_bad._conv3d_trouble.cache_info().hits == before + 1
+
+
+def test_the_guard_is_free_of_torch():
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('known_bad', sys.argv[1])\n"
+        "module = sys.modules['known_bad'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.conv3d_trouble(module.Setup({'torch': '2.8', 'cudnn': '9.9'})).name, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, known_bad.__file__], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "conv3d-wrong False\n", done.stderr
+
+
+def test_doctor_names_each_trouble_of_conv3d(monkeypatch):
+    for versions, wanted in (
+        ({"torch": "2.8.0", "cudnn": "9.10.2"}, ("WRONG RESULTS", "bf16 and fp16 clips", "TF32", "issues/163539")),
+        ({"torch": "2.9.0", "cudnn": "9.10.2"}, ("TF32", "in any layout", "stride equals its kernel", "pull/163581")),
+        ({"torch": "2.9.1", "cudnn": "9.14"}, ("contiguous", "issues/166643", "stride equals its kernel", "168167")),
+    ):
+        monkeypatch.setattr(collect_env, "setup", lambda archs, versions=versions: Setup(versions, ("sm_90",)))
+        out = " ".join(run().stdout.split())
+        assert all(words in out for words in wanted), (versions, [words for words in wanted if words not in out])
+
+
 def test_problems_of_a_gpu_need_one():
     assert names(archs=(), torch="2.8.0", cudnn="9.10.2") == set()
     assert names(archs=("gfx942",), cudnn=None) == set()
