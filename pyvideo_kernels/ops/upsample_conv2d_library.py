@@ -103,7 +103,7 @@ def cudnn_for_auto() -> str:
 
 
 def in_order(choices: tuple[str, ...], args: Sequence[Any]) -> tuple[tuple[str, ...], str]:
-    """``auto``'s order for a call: a cuDNN that is known to be wrong or slow in 3-D convolutions is left out of them."""
+    """``auto``'s order for a call: a cuDNN known to be wrong or slow in 3-D convolutions is left out of them."""
     weight = args[1]
     if "cudnn" in choices and weight.dim() == 5 and weight.shape[2] > 1:
         if problem := causal_conv3d_library.cudnn_problem():
