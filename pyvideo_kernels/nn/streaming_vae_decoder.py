@@ -86,7 +86,10 @@ class StreamingVaeDecoder:
             return _whole(stream, latents, chunk, dtype, given)
 
         tiling = resolve(self.tiling, stream, latents)
-        yield from decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, say=self.say)
+        try:
+            yield from decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, say=self.say)
+        finally:
+            _release(self.vae)
 
     @torch.no_grad()
     def decode(
@@ -101,7 +104,7 @@ class StreamingVaeDecoder:
         """All frames of a clip, ``[B, C, T, H, W]``: what ``stream`` gives, joined in one preallocated tensor.
 
         Args:
-            chunk: as in ``stream``; None is 1.
+            chunk: as in ``stream``; None is 1, and of LTX-Video as many as are small beside the GPU.
             out: written and returned; its dtype then is ``dtype``.
         """
         stream = self._stream
@@ -110,7 +113,10 @@ class StreamingVaeDecoder:
             _check_out(stream, latents, dtype, out)
         _fetch(self.vae)
         tiling = resolve(self.tiling, stream, latents)
-        return decode_clip(stream, latents, chunk=chunk, dtype=dtype, out=out, tiling=tiling, say=self.say, **given)
+        try:
+            return decode_clip(stream, latents, chunk=chunk, dtype=dtype, out=out, tiling=tiling, say=self.say, **given)
+        finally:
+            _release(self.vae)
 
 
 def decode_clip(
@@ -125,7 +131,7 @@ def decode_clip(
     **given: Any,
 ) -> Tensor:
     """The frames of a clip in one tensor; arguments as in `StreamingVaeDecoder.decode`, checked by the caller."""
-    chunk = chunk or 1
+    chunk = chunk or stream.ample(latents)
     if out is None and tiling is None and records(stream, latents):
         # Writing into slices would record every slice of the whole.
         steps, state = stream.steps(latents.shape[2], chunk), stream.new_state(**given)
@@ -240,6 +246,13 @@ def _where(vae: Any, latents: Tensor) -> torch.device:
     from ..integrations.upfront import execution_device
 
     return execution_device(vae) or latents.device
+
+
+def _release(vae: Any) -> None:
+    """Packed weights of a model that is offloaded between calls go with it."""
+    from ..integrations.packing import forget_offloaded
+
+    forget_offloaded(vae)
 
 
 def _fetch(vae: Any) -> None:

@@ -55,6 +55,10 @@ class VaeStream(abc.ABC):
     def steps(self, latents: int, chunk: int) -> list[tuple[int, int]]:
         """``[start, stop)`` of the latents of each step, at most ``chunk`` each where the model leaves a choice."""
 
+    def ample(self, latents: Tensor) -> int:
+        """Latents a step where the caller does not say."""
+        return 1
+
     @abc.abstractmethod
     def new_state(self, **given: Any) -> Any:
         """The state before the first step of a clip; ``given`` are the model's other arguments to ``decode``."""

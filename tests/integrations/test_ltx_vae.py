@@ -142,10 +142,11 @@ def test_decode_equals_diffusers_in_float32(kind, frames):
     assert stock.shape[2] == 8 * frames - 7 and set(report.calls()) == VAE_OPS and not report.fallbacks()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "strided and not causal"])
 @pytest.mark.parametrize("frames", [1, 9])
 def test_encode_equals_diffusers_in_float32(kind, frames):
-    vae, clip = tiny(kind), video(frames, 32, 48)
+    vae = tiny(kind) if kind in KINDS else tiny("0.9.0", encoder_causal=False)
+    clip = video(frames, 32, 48)
     stock = encode(vae, clip)
     report = pv.accelerate(vae, strict=True)
     assert_equal_to_1e5(encode(vae, clip), stock)
@@ -451,6 +452,22 @@ def test_clips_lie_channels_last_at_every_module_boundary(kind):
     decode(vae, latents(3))
     encode(vae, video(9, 32, 48))
     assert len(seen) > 40 and not wrong
+
+
+def test_who_watches_a_module_sees_what_the_stock_one_returns():
+    vae, z = tiny("0.9.5"), latents(3)
+    seen, shapes = {}, {}
+
+    def look(where, name):
+        return lambda module, arguments, output: where.setdefault(name, []).append(tuple(output.shape))
+
+    for name in ("conv_out", "conv_out.conv", "up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv.conv"):
+        vae.decoder.get_submodule(name).register_forward_hook(look(seen, name))
+    stock, shapes = decode(vae, z), dict(seen)
+    seen.clear()
+    pv.accelerate(vae)
+    assert_equal_to_1e5(decode(vae, z), stock)
+    assert seen == shapes
 
 
 # In place, reversible, under hooks ------------------------------------------------------------------------------

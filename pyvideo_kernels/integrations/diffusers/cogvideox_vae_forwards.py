@@ -42,7 +42,7 @@ from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ..clips import as_clip, as_images, channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed
+from ..packing import packed, watched
 from ..swap import Settings, fall_back, ours
 
 Cache = dict[str, Any]
@@ -256,7 +256,7 @@ def image_conv_forward(self: nn.Conv2d, settings: Settings, input: Tensor, time_
 def upsample_forward(self: CogVideoXUpsample3D, settings: Settings, inputs: Tensor) -> Tensor:
     """CogVideoXUpsample3D: the convolution enlarges the clip, in time as well where that is compressed."""
     out: Tensor
-    if ours(self.conv, nn.Conv2d):
+    if ours(self.conv, nn.Conv2d) and not watched(self.conv):
         out = self.conv(inputs, 2 if self.compress_time else 1)
     else:
         out = CogVideoXUpsample3D.forward(self, inputs)

@@ -19,9 +19,10 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from ..clips import channels_first, channels_last
+from ..packing import watched
 from ..swap import Settings, ours
 from .ltx_vae_clip import Clip
-from .ltx_vae_forwards import Factor, modulated, shuffled
+from .ltx_vae_forwards import Factor, finished, modulated, shuffled
 
 
 def _activated(
@@ -126,7 +127,9 @@ def upsampler_forward(
         out: Tensor = LTXVideoUpsampler3d.forward(self, hidden_states)
         return out
     x = channels_last(hidden_states)
-    y = _convolved(self.conv, x, clip, shuffle=self.stride)
+    y = _convolved(self.conv, x, clip, **({} if watched(self.conv) else {"shuffle": self.stride}))
+    if watched(self.conv):
+        y = shuffled(y, self.stride)
     ready = y.shape[1] // self.stride[0]
     if self.residual:
         held = x if clip is None else clip.delayed(self, x)
@@ -259,4 +262,10 @@ def decoder_forward(
         shift, scale = _rows(_embedded(self.time_embedder, temb, y, clip), self.scale_shift_table)
     y = _activated(self.norm_out, self.conv_act, y, scale, shift)
     patch = (self.patch_size_t, self.patch_size, self.patch_size)
-    return self.conv_out(channels_first(y), clip, patch=patch).contiguous()
+    x = channels_first(y)
+    frames: Tensor
+    if watched(self.conv_out):
+        frames = finished(self.conv_out(x, clip), patch=patch)
+    else:
+        frames = self.conv_out(x, clip, patch=patch)
+    return frames.contiguous()

@@ -11,7 +11,8 @@ pieces it is a delay line, whose state is a `Clip` (``ltx_vae_clip.py``): a forw
 frames of that clip and returns those that are ready, possibly none.
 
 Each function takes ``(module, settings, ...)`` and stands in for the forward of that module's class. Called as the
-class is, it returns what the class returns; the extra arguments come from the functions of these two files alone.
+class is, it returns what the class returns; the extra arguments come from the functions of these two files alone, and
+where one would change the shape that a module returns, only if nobody watches that module.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ...ops.causal_conv3d import causal_conv3d, pack_weight
 from ...ops.decode_head import decode_head
 from ...ops.pixel_norm_silu import pixel_norm_silu
 from ..clips import channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed
+from ..packing import packed, watched
 from ..swap import Settings, fall_back, ours
 from .ltx_vae_clip import Clip, Window
 
@@ -83,7 +84,7 @@ def kernel_forward(
         fall_back(settings, op, reason)
         if window is not None:
             x = window.padded(x, self.kernel_size[0] - 1)
-        return _finished(nn.Conv3d.forward(self, channels_first(x)), residual, shuffle, patch)
+        return finished(nn.Conv3d.forward(self, channels_first(x)), residual, shuffle, patch)
     if window is None:
         reach = self.kernel_size[0] - 1  # the past is the head of padded frames
         window, x = Window(x[:, :reach] if reach else None), x[:, reach:]
@@ -100,7 +101,9 @@ def kernel_forward(
     return channels_first(y) if patch is None else _unpatched(channels_first(y), patch)
 
 
-def _finished(y: Tensor, residual: Tensor | None, shuffle: Factor | None, patch: Factor | None) -> Tensor:
+def finished(
+    y: Tensor, residual: Tensor | None = None, shuffle: Factor | None = None, patch: Factor | None = None
+) -> Tensor:
     """What a convolution of ours does after the products, to the result of another one."""
     if shuffle is not None:
         y = channels_first(shuffled(channels_last(y), shuffle))
@@ -138,11 +141,11 @@ def conv_forward(
         return channels_first(x.new_empty(b, 0, h * fh, w * fw, self.out_channels // (ft * fh * fw)))
     if residual is not None:
         residual = residual[:, :ready]
-    if ours(conv, nn.Conv3d):
+    if ours(conv, nn.Conv3d) and not (watched(conv) and (shuffle or patch)):
         y: Tensor = conv(channels_first(x), window, residual, shuffle, patch)
         return y
     x = window.padded(x, self.kernel_size[0] - 1)
-    return _finished(conv(channels_first(x)), residual, shuffle, patch)
+    return finished(conv(channels_first(x)), residual, shuffle, patch)
 
 
 def shuffled(y: Tensor, factor: Factor) -> Tensor:

@@ -136,5 +136,5 @@ def _decode(self: Any, z: Tensor, temb: Tensor | None = None, return_dict: bool 
     stream.check(z, temb=temb)
     if stream.tiled(z):
         return type(self)._decode(self, z, temb, return_dict=return_dict)
-    frames = decode_clip(stream, z, chunk=stream.ample(z), temb=temb)
+    frames = decode_clip(stream, z, temb=temb)
     return DecoderOutput(sample=frames) if return_dict else (frames,)
