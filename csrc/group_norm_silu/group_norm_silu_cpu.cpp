@@ -25,26 +25,25 @@ struct Stats {
   float* partial;  // [samples * parts, 3, width]: pivot, mean minus pivot, sum of squared deviations
 };
 
-// Eight rows at a time, so that the sums in double cost little.
+// One row added to the sums of up to eight, which stay in the first cache: rows read side by side are no stream that
+// the hardware would fetch ahead.
 template <class T>
-PYVIDEO_INLINE void add_eight(const T* const* rows, int64_t n, const float* __restrict pivot, double* __restrict total,
-                              double* __restrict squares) {
-  const T* __restrict x0 = rows[0];
-  const T* __restrict x1 = rows[1];
-  const T* __restrict x2 = rows[2];
-  const T* __restrict x3 = rows[3];
-  const T* __restrict x4 = rows[4];
-  const T* __restrict x5 = rows[5];
-  const T* __restrict x6 = rows[6];
-  const T* __restrict x7 = rows[7];
+PYVIDEO_INLINE void add_row(const T* __restrict x, int64_t n, const float* __restrict pivot, float* __restrict total,
+                            float* __restrict squares) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float d0 = to_float(x0[i]) - pivot[i], d1 = to_float(x1[i]) - pivot[i];
-    const float d2 = to_float(x2[i]) - pivot[i], d3 = to_float(x3[i]) - pivot[i];
-    const float d4 = to_float(x4[i]) - pivot[i], d5 = to_float(x5[i]) - pivot[i];
-    const float d6 = to_float(x6[i]) - pivot[i], d7 = to_float(x7[i]) - pivot[i];
-    total[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7));
-    squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7));
+    const float d = to_float(x[i]) - pivot[i];
+    total[i] += d;
+    squares[i] += d * d;
+  }
+}
+
+// Moves the sums of a few rows into those of the chunk, in double: the order of a long sum in float would show.
+PYVIDEO_INLINE void flush(int64_t n, float* __restrict few, double* __restrict sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    sums[i] += few[i];
+    few[i] = 0.0f;
   }
 }
 
@@ -57,10 +56,11 @@ PYVIDEO_INLINE void stats_body(const Stats& a, int64_t begin, int64_t end, doubl
     const int64_t count = std::min(a.chunk, a.pixels - first);
     const int64_t row = sample * a.pixels + first;
     float* __restrict pivot = a.partial + unit * 3 * n;
-    double* __restrict total = scratch;
-    double* __restrict squares = scratch + n;
+    double* sums = scratch;  // of deviations, then of their squares
+    float* few = reinterpret_cast<float*>(scratch + 2 * n);
     std::fill(pivot, pivot + n, 0.0f);
-    std::fill(scratch, scratch + 2 * n, 0.0);
+    std::fill(sums, sums + 2 * n, 0.0);
+    std::fill(few, few + 2 * n, 0.0f);
     const int64_t early = std::min(count, kPivotRows);
     for (int64_t r = 0; r < early; ++r) {
       const T* __restrict x = reinterpret_cast<const T*>(a.x.row(row + r));
@@ -74,28 +74,17 @@ PYVIDEO_INLINE void stats_body(const Stats& a, int64_t begin, int64_t end, doubl
     for (int64_t i = 0; i < n; ++i) {
       pivot[i] *= share;
     }
-    int64_t r = 0;
-    for (; r + 8 <= count; r += 8) {
-      const T* rows[8];
-      for (int64_t i = 0; i < 8; ++i) {
-        rows[i] = reinterpret_cast<const T*>(a.x.row(row + r + i));
-      }
-      add_eight(rows, n, pivot, total, squares);
-    }
-    for (; r < count; ++r) {
-      const T* __restrict x = reinterpret_cast<const T*>(a.x.row(row + r));
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const float d = to_float(x[i]) - pivot[i];
-        total[i] += d;
-        squares[i] += d * d;
+    for (int64_t r = 0; r < count; ++r) {
+      add_row(reinterpret_cast<const T*>(a.x.row(row + r)), n, pivot, few, few + n);
+      if (r % 8 == 7 || r + 1 == count) {
+        flush(2 * n, few, sums);
       }
     }
     const double elements = static_cast<double>(count);
     for (int64_t i = 0; i < n; ++i) {
-      const double away = total[i] / elements;
+      const double away = sums[i] / elements;
       pivot[n + i] = static_cast<float>(away);
-      pivot[2 * n + i] = static_cast<float>(squares[i] - away * total[i]);
+      pivot[2 * n + i] = static_cast<float>(sums[n + i] - away * sums[i]);
     }
   }
 }
@@ -256,31 +245,37 @@ PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float
   std::fill(scale.scratch, scale.scratch + n, 1.0f);
   std::fill(shift.scratch, shift.scratch + n, 0.0f);
   Walk walk = a.walk;
-  if (a.conditioned) {
-    walk.start(begin);
-  }
   int64_t sample = -1;
-  for (int64_t r = begin; r < end; ++r) {
-    if (sample < 0 || r == (sample + 1) * a.pixels) {
-      sample = r / a.pixels;
-      for (int64_t g = 0; g < a.groups; ++g) {
-        const Moments m = a.moments[sample * a.groups + g];
-        for (int64_t i = g * group_width; i < (g + 1) * group_width; ++i) {
-          mean[i] = m.mean;
-          rest[i] = m.rest;
-          mul[i] = a.weight == nullptr ? m.rstd : m.rstd * a.weight[i];
-          add[i] = a.bias == nullptr ? 0.0f : a.bias[i];
+  // Blocks from the last to the first: what the statistics read last is still in a cache.
+  const int64_t block = std::max<int64_t>(1, kChunkElements / n);
+  for (int64_t stop = end; stop > begin;) {
+    const int64_t start = std::max(begin, stop - block);
+    if (a.conditioned) {
+      walk.start(start);
+    }
+    for (int64_t r = start; r < stop; ++r) {
+      if (sample < 0 || r / a.pixels != sample) {
+        sample = r / a.pixels;
+        for (int64_t g = 0; g < a.groups; ++g) {
+          const Moments m = a.moments[sample * a.groups + g];
+          for (int64_t i = g * group_width; i < (g + 1) * group_width; ++i) {
+            mean[i] = m.mean;
+            rest[i] = m.rest;
+            mul[i] = a.weight == nullptr ? m.rstd : m.rstd * a.weight[i];
+            add[i] = a.bias == nullptr ? 0.0f : a.bias[i];
+          }
         }
       }
+      const T* x = reinterpret_cast<const T*>(a.x.row(r));
+      T* out = reinterpret_cast<T*>(a.out) + r * n;
+      if (!a.conditioned) {
+        apply_row<T, kSilu>(x, n, mean, rest, mul, add, out);
+        continue;
+      }
+      apply_row<T, kSilu>(x, n, mean, rest, mul, add, scale.get(a.scale, walk, n), shift.get(a.shift, walk, n), out);
+      walk.step();
     }
-    const T* x = reinterpret_cast<const T*>(a.x.row(r));
-    T* out = reinterpret_cast<T*>(a.out) + r * n;
-    if (!a.conditioned) {
-      apply_row<T, kSilu>(x, n, mean, rest, mul, add, out);
-      continue;
-    }
-    apply_row<T, kSilu>(x, n, mean, rest, mul, add, scale.get(a.scale, walk, n), shift.get(a.shift, walk, n), out);
-    walk.step();
+    stop = start;
   }
 }
 
@@ -368,7 +363,7 @@ Tensor group_norm_silu(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   const bool f32 = apply.x.dtype == DType::f32;
   parallel_rows(samples * stats.parts, std::min(stats.chunk, stats.pixels) * stats.width,
                 [&](int64_t begin, int64_t end) {
-                  std::vector<double> scratch(static_cast<size_t>(2 * stats.width));
+                  std::vector<double> scratch(static_cast<size_t>(3 * stats.width));
                   (f32 ? stats_f32 : stats_bf16)(stats, begin, end, scratch.data());
                 });
   std::vector<Moments> moments(static_cast<size_t>(samples * groups));
