@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +17,33 @@ def rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(y).permute(0, 2, 3, 4, 1)
 
 
-def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, cache: Tensor) -> Tensor:
-    """On ``[B, C, T, H, W]``: concatenate the cache, pad, convolve; channels last again by a view."""
-    return F.conv3d(F.pad(torch.cat([cache, x], 2), (1, 1, 1, 1, 0, 0)), weight, bias).permute(0, 2, 3, 4, 1)
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor, cache: Tensor | None = None, residual: Tensor | None = None,
+    pad_mode: str = "zeros", epilogue: str | None = None, factor: Sequence[int] | None = None,
+    norm_weight: Tensor | None = None, keep: bool = True,
+) -> Any:  # fmt: skip
+    """On ``[B, C, T, H, W]``: past, pad and convolution, then what the layer does; channels last again by a view."""
+    past, *sides = (n - 1 if i == 0 else n // 2 for i, n in enumerate(weight.shape[2:]))
+    space = (sides[1], sides[1], sides[0], sides[0])
+    if pad_mode == "replicate":
+        y = F.conv3d(F.pad(x, (*space, past, 0), mode="replicate"), weight, bias)
+    elif pad_mode == "first_frame":
+        y = F.conv3d(torch.cat([x[:, :, :1].repeat(1, 1, past, 1, 1), x], 2), weight, bias, padding=(0, *sides))
+    else:
+        y = F.conv3d(F.pad(x if cache is None else torch.cat([cache, x], 2), (*space, 0, 0)), weight, bias)
+    if epilogue == "interleave":
+        b, c, t, h, w = y.shape
+        y = y.reshape(b, 2, c // 2, t, h, w)
+        y = torch.stack((y[:, 0], y[:, 1]), 3).reshape(b, c // 2, t * 2, h, w)
+    elif factor is not None:
+        y = y.reshape(y.shape[0], -1, *factor, *y.shape[2:])
+        y = y.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    if residual is not None:
+        y = y + residual
+    clip = y.permute(0, 2, 3, 4, 1)
+    if norm_weight is None:
+        return clip
+    return (clip if keep else clip.new_empty(0)), rms_norm_silu(y, norm_weight)
 
 
 def upsample_conv2d(

@@ -160,6 +160,24 @@ VAE_GPU: Shapes = {
 }
 VAE_CPU: Shapes = {"wan-128-full-96": {"grid": (4, 128, 128), "channels": 96}}
 
+# A residual block: its first convolution with the norm behind it, its second with the sum, and with the next block's
+# norm. Then upsampling in time, HunyuanVideo's repeated edges, and LTX's upsampling in time and space.
+CONV_GPU: Shapes = {
+    **VAE_GPU,
+    "wan-480p-full-96-norm": {"grid": (4, 480, 832), "channels": 96, "style": "norm"},
+    "wan-480p-full-96-residual": {"grid": (4, 480, 832), "channels": 96, "style": "residual"},
+    "wan-480p-full-96-residual-norm": {"grid": (4, 480, 832), "channels": 96, "style": "residual-norm"},
+    "wan-480p-half-192-residual-norm": {"grid": (4, 240, 416), "channels": 192, "style": "residual-norm"},
+    "wan-480p-quarter-384-residual-norm": {"grid": (2, 120, 208), "channels": 384, "style": "residual-norm"},
+    "wan-480p-quarter-384-interleave": {"grid": (2, 120, 208), "channels": 384, "style": "interleave"},
+    "hunyuan-tile-full-128": {"grid": (17, 256, 256), "channels": 128, "style": "hunyuanvideo"},
+    "ltx-512p-quarter-256": {"grid": (16, 64, 96), "channels": 256, "style": "ltx"},
+}
+CONV_CPU: Shapes = {
+    **VAE_CPU,
+    "wan-128-full-96-residual-norm": {"grid": (4, 128, 128), "channels": 96, "style": "residual-norm"},
+}
+
 # A tile of HunyuanVideo's 720p, 17 frames of 256 x 256; CogVideoX's batches of 9 and 8 frames of 480 x 720.
 GROUP_NORM_GPU: Shapes = {
     "hunyuan-tile-full-128": {"grid": (17, 256, 256), "channels": 128},

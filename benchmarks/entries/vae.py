@@ -33,24 +33,6 @@ def _vae_norm_bytes(grid: Any, channels: int, dtype: torch.dtype) -> int:
     return (2 * prod(grid) + 1) * channels * dtype.itemsize
 
 
-def _conv_inputs(grid: Any, channels: int, dtype: Any, device: Any) -> dict[str, Any]:
-    return {
-        "x": rand(1, *grid, channels, dtype=dtype, device=device),
-        "weight": rand(channels, channels, 3, 3, 3, dtype=dtype, device=device) * 0.02,
-        "bias": rand(channels, dtype=dtype, device=device),
-        "cache": rand(1, 2, *grid[1:], channels, dtype=dtype, device=device),
-    }
-
-
-def _conv_bytes(grid: Any, channels: int, dtype: torch.dtype) -> int:
-    t, h, w = grid
-    return ((2 * t + 2) * h * w + 27 * channels + 1) * channels * dtype.itemsize
-
-
-def _conv_flops(grid: Any, channels: int) -> float:
-    return 2.0 * 27 * prod(grid) * channels**2
-
-
 # Taps in time of a model's weight (0: it has no time) and the factor in time.
 _UPSAMPLES = {"wan": (0, 1), "hunyuanvideo": (3, 2), "cogvideox": (0, 2)}
 
@@ -128,8 +110,6 @@ def _own_tile(inputs: dict[str, Any]) -> dict[str, Any]:
 ENTRIES = (
     Entry("rms_norm_silu", shapes.VAE_GPU, shapes.VAE_CPU, _vae_norm_inputs, eager.rms_norm_silu, _vae_norm_bytes,
           stock=_channels_first),
-    Entry("causal_conv3d", shapes.VAE_GPU, shapes.VAE_CPU, _conv_inputs, eager.causal_conv3d, _conv_bytes, _conv_flops,
-          stock=_channels_first, convolves=True),
     Entry("upsample_conv2d", shapes.UPSAMPLE_GPU, shapes.UPSAMPLE_CPU, _upsample_inputs, eager.upsample_conv2d,
           _upsample_bytes, _upsample_flops, stock=_channels_first, convolves=True),
     Entry("blend_tile_", shapes.TILE_GPU, shapes.TILE_CPU, _tile_inputs, eager.blend_tile_, _tile_bytes,

@@ -151,12 +151,18 @@ def _conv(inputs: Inputs) -> Tensor:
     return y if residual is None else (y + residual).to(x.dtype)
 
 
+def _conv_refuses(inputs: Inputs) -> str | None:
+    """Edges other than zeros and epilogues would be passes of their own around it, which no library call has."""
+    other = inputs.get("epilogue") is not None or inputs.get("pad_mode", "zeros") != "zeros" or inputs.get("pad_end", 0)
+    return "pads with zeros and has no epilogue" if other else None
+
+
 def _causal_conv3d(device: torch.device, dtype: torch.dtype) -> list[Peer]:
     version = f"torch {torch.__version__}"
     if device.type == "cuda":
         version += f", cuDNN {cudnn_version()}"
     name = "cudnn-channels-last" if device.type == "cuda" else "conv3d-channels-last"
-    return [Peer(name, version, None, _conv, prepare=_conv_prepare)]
+    return [Peer(name, version, None, _conv, prepare=_conv_prepare, refuses=_conv_refuses)]
 
 
 OPS: dict[str, Callable[[torch.device, torch.dtype], list[Peer]]] = {

@@ -100,6 +100,12 @@ def test_convolution_reads_its_past(cached):
     assert one.prepare(inputs)["weight"].is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.parametrize("other", [{"epilogue": "interleave"}, {"pad_mode": "replicate"}, {"pad_end": 1}])
+def test_a_convolution_with_an_epilogue_is_not_the_librarys(other):
+    one = peers_for("causal_conv3d", CPU, torch.float32)["conv3d-channels-last"]
+    assert one.refuses({"residual": None}) is None and "pads with zeros" in one.refuses(other)
+
+
 def test_pinned_backends_are_pinned(monkeypatch):
     pinned = []
     real = peers_torch.sdpa_kernel
