@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -198,9 +198,11 @@ def decoded(
     height, width = latents.shape[3:]
     runs = stream.steps(latents.shape[2], chunk)
     plan = tiling if isinstance(tiling, TilePlan) else None
+    if plan is not None and out is not None:
+        plan = replace(plan, streams=False)
     if tiling == "auto":
         cost = measure(stream, latents, chunk, given)
-        plan = plan_tiles(stream, height, width, cost, free_memory(latents.device))
+        plan = plan_tiles(stream, height, width, cost, free_memory(latents.device), joined=out is not None)
         if plan is not None:
             say(f"{OP}: whole frames would not fit in memory: decoding in {plan.describe(stream)}")
     delivered = 0
@@ -228,7 +230,7 @@ def decoded(
             return
         del source
         release(latents.device)
-        plan = _smaller(stream, latents, chunk, given, plan)
+        plan = _smaller(stream, latents, chunk, given, plan, out is not None)
         if plan is None:
             raise failure
         after = f" after {delivered} frames" if delivered else ""
@@ -242,7 +244,7 @@ def _half(latents: Tensor, plan: TilePlan | None) -> int:
 
 
 def _smaller(
-    stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any], plan: TilePlan | None
+    stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any], plan: TilePlan | None, joined: bool
 ) -> TilePlan | None:
     """The cheapest tiles that fit in what is free now, at most half of what failed; None if there are none."""
     height, width = latents.shape[3:]
@@ -252,4 +254,5 @@ def _smaller(
         if not is_out_of_memory(error):
             raise
         cost = Cost(1, 1, 1, 1)  # not even that: the order of the tilings is all that is known
-    return plan_tiles(stream, height, width, cost, free_memory(latents.device), most=_half(latents, plan))
+    free, most = free_memory(latents.device), _half(latents, plan)
+    return plan_tiles(stream, height, width, cost, free, most=most, joined=joined)

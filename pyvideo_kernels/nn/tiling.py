@@ -59,7 +59,8 @@ class TilePlan:
         kept: pixels of a tile that are its own. None is those of the stride, and all that are left of the tile that
             reaches the edge; a number is for all, as diffusers has it, with slivers at the edge where they come out.
         streams: every step decodes all tiles, and frames come as they do without tiles. False decodes one tile of the
-            whole clip after the other: one tile's caches in memory, and all frames at the end.
+            whole clip after the other: one tile's caches in memory, and all frames at the end. ``decode``, which
+            gives all frames at the end anyway, always does that.
     Raises:
         ValueOptionError: sizes that no tiling can have.
     """
@@ -137,8 +138,10 @@ class Cost:
         """Bytes of decoding whole frames."""
         return (self.step + self.state) * height * width
 
-    def of_tiles(self, plan: TilePlan, height: int, width: int, ratio: tuple[int, int]) -> float:
-        """Bytes of decoding so."""
+    def of_tiles(
+        self, plan: TilePlan, height: int, width: int, ratio: tuple[int, int], *, joined: bool = False
+    ) -> float:
+        """Bytes of decoding so; ``joined``: into frames that are there already."""
         rows, columns = (
             plan.spans(axis, length, r) for axis, (length, r) in enumerate(zip((height, width), ratio, strict=True))
         )
@@ -148,9 +151,10 @@ class Cost:
         strips = 2 * (
             max(s.seam for s in rows) / ratio[0] * width + max(s.seam for s in columns) / ratio[1] * rows[0].stop
         )
+        room = strips + (0 if joined else height * width)
         if plan.streams:
-            return self.step * most + self.state * everywhere + self.frames * (height * width + strips)
-        return (self.step + self.state) * most + self.clip * (height * width + strips)
+            return self.step * most + self.state * everywhere + self.frames * room
+        return (self.step + self.state) * most + self.clip * room
 
 
 def tile_of_flags(stream: VaeStream) -> TilePlan:
@@ -217,26 +221,34 @@ def tilings(height: int, width: int, shared: tuple[int, int], most: int | None =
 
 
 def plan_tiles(
-    stream: VaeStream, height: int, width: int, cost: Cost, free: float | None, *, most: int | None = None
+    stream: VaeStream,
+    height: int,
+    width: int,
+    cost: Cost,
+    free: float | None,
+    *,
+    most: int | None = None,
+    joined: bool = False,
 ) -> TilePlan | None:
     """The fewest FLOPs that fit: None, whole frames, where those do; else the tiling with the least decoded twice.
 
-    Of two ways to decode the same tiles the one that streams is taken where it fits. If nothing fits, the tiling that
-    takes the least memory.
+    Of two ways to decode the same tiles the one that streams is taken where it fits, unless nobody waits for frames.
+    If nothing fits, the tiling that takes the least memory.
 
     Args:
         height, width: of the latents.
         free: bytes; None where nobody knows: then whole frames, or the cheapest tiles that ``most`` allows.
         most: latents of the largest tile that is wanted, after whole frames (or larger tiles) have failed.
+        joined: the frames are wanted together, in memory that is there already.
     """
     budget = math.inf if free is None else free * _HEADROOM
     if most is None and cost.of_whole(height, width) <= budget:
         return None
     ratio, least, smallest = stream.size(1, 1), math.inf, None
     for tiles in tilings(height, width, overlap(stream), most):
-        for streams in (True, False):
+        for streams in (False,) if joined else (True, False):
             plan = TilePlan(tiles.tile, tiles.stride, streams=streams)
-            need = cost.of_tiles(plan, height, width, ratio)
+            need = cost.of_tiles(plan, height, width, ratio, joined=joined)
             if need <= budget:
                 return plan
             if need < least:

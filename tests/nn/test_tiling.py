@@ -137,6 +137,10 @@ def test_the_plan_is_the_fewest_flops_that_fit():
     assert plan(0.5 * whole).streams
     heavy = Cost(step=100, state=1000, frames=10, clip=50)
     assert not plan_tiles(stream, 48, 80, heavy, 0.5 * heavy.of_whole(48, 80)).streams
+    # Nobody waits for the first frame of a clip that is joined, and there is room for its frames.
+    together = plan(0.5 * whole, joined=True)
+    assert not together.streams and cost.of_tiles(together, 48, 80, ratio, joined=True) <= 0.45 * whole
+    assert together.tile[0] * together.tile[1] >= plan(0.5 * whole).tile[0] * plan(0.5 * whole).tile[1]
     # Nothing fits in nothing: the least there is.
     assert max(plan(1).tile) < 20
     assert plan(None, most=400).tile[0] * plan(None, most=400).tile[1] <= 400

@@ -17,7 +17,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from ...errors import bad_option, bad_shape
-from ...nn.streaming_vae_decoder import decode_clip
+from ...nn.streaming_vae_decoder import decode_clip, records
+from ...nn.tiling import tile_of_flags
 from ...nn.vae_stream import OP, VaeStream, check_latents
 from ..swap import ours
 from .ltx_vae_clip import Clip
@@ -119,12 +120,16 @@ class Stream(VaeStream):
             frames = self.vae.decoder(z, state.temb, clip=state)
         return frames
 
+    def framewise(self, latents: Tensor) -> bool:
+        """Whether the VAE's own flags ask for tiles in time, which no stream needs: its memory is constant there."""
+        vae = self.vae
+        least = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
+        return bool(vae.use_framewise_decoding and latents.shape[2] > least)
+
     def tiled(self, latents: Tensor) -> bool:
         vae = self.vae
-        _, _, frames, height, width = latents.shape
+        height, width = latents.shape[3:]
         ratio = vae.spatial_compression_ratio
-        if vae.use_framewise_decoding and frames > vae.tile_sample_min_num_frames // vae.temporal_compression_ratio:
-            return True
         small = height <= vae.tile_sample_min_height // ratio and width <= vae.tile_sample_min_width // ratio
         return bool(vae.use_tiling) and not small
 
@@ -134,7 +139,8 @@ def _decode(self: Any, z: Tensor, temb: Tensor | None = None, return_dict: bool 
     """``AutoencoderKLLTXVideo._decode`` as a stream; in the VAE's own tiles where its flags ask for them."""
     stream = Stream(self)
     stream.check(z, temb=temb)
-    if stream.tiled(z):
+    tiled = stream.tiled(z)
+    if stream.framewise(z) or (tiled and records(stream, z)):
         return type(self)._decode(self, z, temb, return_dict=return_dict)
-    frames = decode_clip(stream, z, temb=temb)
+    frames = decode_clip(stream, z, tiling=tile_of_flags(stream) if tiled else None, temb=temb)
     return DecoderOutput(sample=frames) if return_dict else (frames,)
