@@ -1,9 +1,13 @@
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import pyvideo_kernels as pv
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError
+from pyvideo_kernels.kernels.launch import merged_rows
+from pyvideo_kernels.kernels.rms_norm_silu import row_offsets
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
 from . import helpers
@@ -89,6 +93,36 @@ def test_rows_more_than_two_to_the_31_elements_apart(tmp_path):
     if helpers.GPU:
         pytest.skip("a GPU has no sparse memory; the interpreter checks the addresses")
     assert torch.equal(pv.rms_norm_silu(far, weight, impl="triton"), pv.rms_norm_silu(x, weight, impl="triton"))
+
+
+@triton.jit
+def _offsets(out_ptr, block, d, n1, n2, n3, s0, s1, s2, s3, ROWS: tl.constexpr):
+    rows = (tl.program_id(0) + block).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(out_ptr + tl.arange(0, ROWS), row_offsets(rows, n1, n2, n3, s0, s1, s2, s3))
+    tl.store(out_ptr + ROWS + tl.arange(0, ROWS), rows * d)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_addresses_of_the_last_rows_of_a_whole_clip(first):
+    """81 frames of 480p at 1024 channels, all of them or a part: 30 * 2**31 elements, of which none is allocated."""
+    x = torch.empty(2, 81, 480, 832, 1024, dtype=torch.bfloat16, device="meta")[:, first:]
+    sizes, strides = merged_rows(x)
+    rows = x.numel() // 1024
+    out = torch.zeros(2, 4, dtype=torch.int64, device=helpers.DEVICE)
+    _offsets[(1,)](out, rows // 4 - 1, 1024, *sizes[1:], *strides, 4)
+    last = sum((n - 1) * s for n, s in zip(x.shape[:4], x.stride()[:4], strict=True))
+    assert last > 2**35
+    assert out[0].tolist() == [last - 1024 * i for i in (3, 2, 1, 0)]
+    assert out[1].tolist() == [(rows - 1 - i) * 1024 for i in (3, 2, 1, 0)]
+
+
+def test_any_number_of_channels():
+    for channels in (1, 3, 17, 384, 1024, 1030):
+        x, weight = _inputs(2, 3, channels)
+        exact, low = (pv.rms_norm_silu(x.to(to), weight.to(to), impl="reference") for to in (torch.float64, x.dtype))
+        for impl in ("auto", "triton"):
+            out = pv.rms_norm_silu(x.to(helpers.DEVICE), weight.to(helpers.DEVICE), impl=impl)
+            assert_close(out.cpu(), exact, low, f"{impl} {channels}")
 
 
 def test_bitwise_repeatable():
