@@ -57,7 +57,7 @@ def select(arch: str, *, c: int, o: int, kt: int, itemsize: int) -> HeadConfig:
     amd = arch.startswith("gfx")
     # 48 channels (a patch of 4 x 4) of three frames are 144 columns. In fp32, and beyond, several programs share them.
     # Two accumulators cost more scalar registers than AMD has.
-    most = max(1, (64 if itemsize == 4 or amd else 192) // kt)
+    most = max(1, (64 if amd or (itemsize == 4 and arch != "cpu") else 192) // kt)
     channels = -(-o // -(-o // most))
     n, n2 = split_columns(kt * channels)
     if amd and n2:
@@ -66,7 +66,7 @@ def select(arch: str, *, c: int, o: int, kt: int, itemsize: int) -> HeadConfig:
     # The frames before a run are read for it too: 18 for 16, and a stream's chunk is one run.
     run = 16
     if arch == "cpu":
-        return HeadConfig(2, 8, 16, channels, n, n2, 2, 4, 1)
+        return HeadConfig(4, 8, min(block_k, 32), channels, n, n2, 2, 4, 1)
     if itemsize == 4:
         return HeadConfig(8, 8, min(block_k, 16 if amd else 32), channels, n, n2, run, 4, 2)
     warps = 4 if n <= 64 else 8

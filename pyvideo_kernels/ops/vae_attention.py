@@ -80,14 +80,23 @@ def vae_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: flo
         return q.new_empty(q.shape)
     if q.device.type == "cuda":
         _refuse_unfused(q, k, v)
-    attend = torch.nn.functional.scaled_dot_product_attention
     if not causal or q.shape[1] == 1:
-        return attend(q, k, v, scale=scale).contiguous()
+        return _attend(q, k, v, scale).contiguous()
     out = q.new_empty(q.shape)
     for t in range(q.shape[1]):
         # [B, 1, tokens, D]; a view where frames follow each other in memory.
-        past = (x[:, : t + 1].flatten(1, 2).unsqueeze(1) for x in (k, v))
-        out[:, t : t + 1] = attend(q[:, t : t + 1], *past, scale=scale)
+        keys, values = (x[:, : t + 1].flatten(1, 2).unsqueeze(1) for x in (k, v))
+        out[:, t : t + 1] = _attend(q[:, t : t + 1], keys, values, scale)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    if q.device.type == "cpu":
+        # torch's kernel takes a row whose scores are NaN for one that is masked, and answers with zeros.
+        lost = q.isnan().any(-1, keepdim=True) | k.isnan().any(-1).any(-1)[..., None, None]
+        if lost.any():
+            out = out.masked_fill(lost, torch.nan)
     return out
 
 
