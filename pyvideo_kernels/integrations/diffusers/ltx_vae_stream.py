@@ -20,6 +20,7 @@ from ...errors import bad_option, bad_shape
 from ...nn.streaming_vae_decoder import decode_clip, records
 from ...nn.tiling import tile_of_flags
 from ...nn.vae_stream import OP, VaeStream, check_latents
+from ..packing import forget_offloaded
 from ..swap import ours
 from .ltx_vae_clip import Clip
 
@@ -142,5 +143,8 @@ def _decode(self: Any, z: Tensor, temb: Tensor | None = None, return_dict: bool 
     tiled = stream.tiled(z)
     if stream.framewise(z) or (tiled and records(stream, z)):
         return type(self)._decode(self, z, temb, return_dict=return_dict)
-    frames = decode_clip(stream, z, tiling=tile_of_flags(stream) if tiled else None, temb=temb)
+    try:
+        frames = decode_clip(stream, z, tiling=tile_of_flags(stream) if tiled else None, temb=temb)
+    finally:
+        forget_offloaded(self)
     return DecoderOutput(sample=frames) if return_dict else (frames,)
