@@ -1,89 +1,24 @@
-"""AutoencoderKLHunyuanVideo through our ops: parity with diffusers, temporal tiles, layout, hooks, what is left."""
+"""AutoencoderKLHunyuanVideo through our ops: parity with diffusers, layout, hooks, what is left."""
 
 import copy
-import weakref
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as stock_file
 from torch import nn
 
 import pyvideo_kernels as pv
-from pyvideo_kernels import StreamingVaeDecoder
-from pyvideo_kernels.errors import DTypeError, ModelError, ShapeError, UnsupportedError, ValueOptionError
-from pyvideo_kernels.integrations.diffusers import hunyuan_video_vae, hunyuan_video_vae_stream, sources
+from pyvideo_kernels.errors import ModelError, UnsupportedError
+from pyvideo_kernels.integrations.diffusers import hunyuan_video_vae, sources
 from pyvideo_kernels.integrations.diffusers import hunyuan_video_vae_forwards as forwards
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
 from .helpers import instance_dicts
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton is interpreted on the CPU
-ENCODER_OPS = {"group_norm_silu", "causal_conv3d", "vae_attention"}
-VAE_OPS = ENCODER_OPS | {"upsample_conv2d", "decode_head_"}
-TILED = 9  # latents of a clip in three temporal tiles: [0, 5), [3, 8), [6, 9)
-
-
-def tiny(seed=0, **changes):
-    """The model's own four levels with their up- and downsamplings, one residual block each, narrow."""
-    torch.manual_seed(seed)
-    config = {
-        "latent_channels": 4,
-        "block_out_channels": (8, 16, 32, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    }
-    return drawn(AutoencoderKLHunyuanVideo(**{**config, **changes}).eval())
-
-
-@torch.no_grad()
-def drawn(module):
-    """Weights that keep the variance, norms that are not the identity: in a fresh model biases outweigh the signal,
-    whose rounding errors the next norm then blows up, in float32 to several times the tolerance for diffusers too.
-    """
-    for part in module.modules():
-        if isinstance(part, (nn.Conv3d, nn.Linear)):
-            bound = (3 / part.weight[0].numel()) ** 0.5
-            part.weight.uniform_(-bound, bound)
-            part.bias.uniform_(-0.1, 0.1)
-        elif isinstance(part, nn.GroupNorm):
-            part.weight.uniform_(0.5, 1.5)
-            part.bias.uniform_(-0.5, 0.5)
-    return module
-
-
-def latents(frames=2, height=3, width=5, batch=1, channels=4, seed=1):
-    return torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def video(frames=9, height=16, width=24, seed=2):
-    return torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
-
-
-def decode(vae, z):
-    with torch.no_grad():
-        return vae.decode(z.to(vae.dtype)).sample
-
-
-def encode(vae, clip):
-    with torch.no_grad():
-        return vae.encode(clip.to(vae.dtype)).latent_dist.parameters
-
-
-def truth(function, vae, x):
-    """The stock result in float64."""
-    out = function(copy.deepcopy(vae).double(), x)
-    assert out.dtype == torch.float64
-    return out
-
-
-def assert_equal_to_1e5(ours, stock):
-    assert ours.shape == stock.shape and ours.dtype == stock.dtype and ours.stride() == stock.stride()
-    error = (ours.double() - stock.double()).abs().max() / stock.double().abs().max()
-    assert error <= 1e-5, f"relative error {error:.2e}"
-
+from .hunyuan_video_helpers import ENCODER_OPS, TILED, VAE_OPS, decode, tiny
+from .vae_helpers import assert_equal_to_1e5, drawn, encode, latents, truth, video
 
 # Parity ---------------------------------------------------------------------------------------------------------
 
@@ -96,18 +31,18 @@ def test_full_width_decode_equals_diffusers_in_float32():
     torch.manual_seed(0)
     for part in (vae.decoder, vae.post_quant_conv):
         drawn(part.to_empty(device="cpu"))
-    clips = [latents(frames, *size, channels=16) for frames, size in ((1, (3, 5)), (2, (1, 3)), (5, (1, 2)))]
+    clips = [latents(frames, *size, channels=16) for frames, size in ((1, (3, 5)), (5, (1, 2)))]
     stock = [decode(vae, z) for z in clips]
     report = pv.accelerate(vae, strict=True)
     for z, expected in zip(clips, stock, strict=True):
         assert_equal_to_1e5(decode(vae, z), expected)
-    assert [clip.shape[2] for clip in stock] == [1, 5, 17]
+    assert [clip.shape[2] for clip in stock] == [1, 17]
     assert set(report.calls()) == VAE_OPS and not report.fallbacks()
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, TILED])
 def test_decode_equals_diffusers_in_float32(frames):
-    vae, z = tiny(), latents(frames, batch=2 if frames == 2 else 1)
+    vae, z = tiny(), latents(frames, 3, 5, batch=2 if frames == 2 else 1)
     stock = decode(vae, z)
     report = pv.accelerate(vae, strict=True)
     assert_equal_to_1e5(decode(vae, z), stock)
@@ -116,7 +51,7 @@ def test_decode_equals_diffusers_in_float32(frames):
 
 @pytest.mark.parametrize("frames", [1, 5, 33])
 def test_encode_equals_diffusers_in_float32(frames):
-    vae, clip = tiny(), video(frames)
+    vae, clip = tiny(), video(frames, 16, 24)
     stock = encode(vae, clip)
     report = pv.accelerate(vae, strict=True)
     assert_equal_to_1e5(encode(vae, clip), stock)
@@ -125,12 +60,22 @@ def test_encode_equals_diffusers_in_float32(frames):
 
 def test_bfloat16_is_no_further_from_float64_than_diffusers():
     vae = tiny().to(torch.bfloat16)
-    for function, x in ((decode, latents(2)), (decode, latents(TILED)), (encode, video(5))):
+    for function, x in ((decode, latents(2)), (decode, latents(TILED)), (encode, video(5, 16, 24))):
         x = x.bfloat16()
         exact, stock = truth(function, vae, x), function(vae, x)
         pv.accelerate(vae, strict=True)
         assert_close(function(vae, x), exact, stock, function.__name__)
         pv.restore(vae)
+
+
+@pytest.mark.gpu
+def test_the_triton_kernels_decode():
+    """On a GPU alone: the interpreter takes longer over a decoder than over the tests of its kernels."""
+    vae, z = tiny().to("cuda"), latents(TILED).to("cuda")
+    exact, stock = truth(decode, vae, z), decode(vae, z)
+    report = pv.accelerate(vae, impl="triton", strict=True)
+    assert_close(decode(vae, z), exact, stock)
+    assert {impl for impls in report.calls().values() for impl in impls} == {"triton"}
 
 
 def test_every_implementation_gives_the_same_clip():
@@ -215,129 +160,6 @@ def test_parity_sees_a_mistake(op, mistake, monkeypatch):
         assert_close(ours, exact, stock)
 
 
-# Temporal tiles and the stream ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("count", "pieces"),
-    [(1, [1]), (4, [13]), (5, [13, 4]), (7, [13, 12]), (8, [13, 12, 4]), (TILED, [13, 12, 8])],
-)
-def test_frames_leave_as_soon_as_no_later_tile_touches_them(count, pieces):
-    vae, z = tiny(layers_per_block=0), latents(count, 2, 3)
-    stock = decode(vae, z)
-    decoder = StreamingVaeDecoder(vae)
-    streamed = [list(decoder.stream(z, chunk=chunk)) for chunk in (1, 2, 5)]
-    assert [part.shape[2] for part in streamed[0]] == pieces
-    assert_equal_to_1e5(torch.cat(streamed[0], 2), stock)
-    for parts in streamed[1:]:
-        assert all(torch.equal(got, expected) for got, expected in zip(parts, streamed[0], strict=True))
-    assert torch.equal(decoder.decode(z), torch.cat(streamed[0], 2))
-
-
-def _flags(vae, **flags):
-    for name, value in flags.items():
-        assert hasattr(vae, name)
-        setattr(vae, name, value)
-    return vae
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"use_framewise_decoding": False},
-        {"tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4},
-        {"tile_sample_min_num_frames": 16, "tile_sample_stride_num_frames": 4},  # three tiles meet in one frame
-        {"tile_sample_min_num_frames": 18, "tile_sample_stride_num_frames": 12},  # seams between different frames
-        {"tile_sample_min_num_frames": 12, "tile_sample_stride_num_frames": 12},  # no seams
-        {"tile_sample_min_num_frames": 16, "tile_sample_stride_num_frames": 10},  # frames are repeated
-        {"tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 12},  # frames are left out
-    ],
-)
-def test_the_flags_of_the_vae_say_what_is_decoded_together(flags):
-    vae, z = _flags(tiny(layers_per_block=0), **flags), latents(TILED, 2, 3)
-    stock = decode(vae, z).contiguous()  # diffusers may cut frames off
-    pv.accelerate(vae, strict=True)
-    assert_equal_to_1e5(decode(vae, z), stock)
-    assert_equal_to_1e5(StreamingVaeDecoder(vae).decode(z), stock)
-
-
-def test_flags_are_read_at_each_call():
-    vae, z = tiny(layers_per_block=0), latents(TILED, 2, 3)
-    tiled = decode(vae, z)
-    whole = decode(_flags(vae, use_framewise_decoding=False), z)
-    assert (tiled - whole).abs().max() > 1e-3 * whole.abs().max()  # the grouping is part of the model
-    pv.accelerate(vae)
-    assert_equal_to_1e5(decode(vae, z), whole)
-    assert_equal_to_1e5(decode(_flags(vae, use_framewise_decoding=True), z), tiled)
-
-
-def test_a_seam_fades_the_way_diffusers_does(monkeypatch):
-    vae, z = tiny(layers_per_block=0), latents(5, 2, 3)
-    stock = decode(vae, z)
-    decoder, right = StreamingVaeDecoder(vae), hunyuan_video_vae_stream._faded
-    assert_equal_to_1e5(decoder.decode(z), stock)
-    for wrong in (
-        lambda before, frames, extent: frames,
-        lambda before, frames, extent: right(before.flip(2), frames, extent),
-        lambda before, frames, extent: right(before, frames, extent - 1),
-    ):
-        monkeypatch.setattr(hunyuan_video_vae_stream, "_faded", wrong)
-        with pytest.raises(AssertionError, match="relative error"):
-            assert_equal_to_1e5(decoder.decode(z), stock)
-
-
-def test_only_the_tail_of_a_tile_is_kept(monkeypatch):
-    """What a step leaves behind does not grow, and a tile that begins at the last latent is not decoded."""
-    vae, z, calls = tiny(layers_per_block=0), latents(13, 1, 2), []
-    stream = hunyuan_video_vae_stream.Stream(vae)
-    steps = stream.steps(13, 1)
-    assert steps == [(0, 5), (3, 8), (6, 11), (9, 13)]
-    vae.decoder.register_forward_hook(lambda *_: calls.append(1))
-    state, tile = stream.new_state(), None
-    with torch.no_grad():
-        for start, stop in steps:
-            last = (start, stop) == steps[-1]
-            frames = stream.step(z[:, :, start:stop], state, first=start == 0, last=last)
-            assert tile is None or tile() is None
-            tile = weakref.ref(frames.untyped_storage())
-            if not last:
-                assert state.tail.shape == (1, 3, 4, 8, 16)
-                assert state.tail.untyped_storage().nbytes() == state.tail.numel() * 4
-            del frames
-    assert state.tail is None and len(calls) == 4
-
-
-def test_tiling_and_slicing():
-    vae, z, clip = tiny(), latents(6, 3, 5, batch=2), video(5, 24, 40)
-    vae.enable_slicing()
-    vae.enable_tiling(16, 16, tile_sample_stride_height=8, tile_sample_stride_width=8)
-    stock = decode(vae, z), encode(vae, clip)
-    report = pv.accelerate(vae, strict=True)
-    ours = decode(vae, z), encode(vae, clip)
-    for got, expected in zip(ours, stock, strict=True):
-        error = (got - expected).abs().max() / expected.abs().max()
-        assert got.shape == expected.shape and error <= 1e-5
-    assert not report.fallbacks()
-
-
-def test_wrong_calls_raise_before_any_work():
-    vae = tiny(layers_per_block=0)
-    decoder, z, ran = StreamingVaeDecoder(vae), latents(2, 1, 1), []
-    vae.post_quant_conv.register_forward_hook(lambda *_: ran.append(1))
-    for error, call in (
-        (ShapeError, lambda: decoder.decode(z[:, :3])),
-        (ShapeError, lambda: decoder.stream(z[0])),
-        (ShapeError, lambda: decoder.decode(z[:, :, :0])),
-        (DTypeError, lambda: decoder.decode(z.half())),
-        (ValueOptionError, lambda: decoder.stream(z, chunk=0)),
-        (ValueOptionError, lambda: decoder.decode(z, timestep=0)),
-        (ShapeError, lambda: decode(vae, z[:, :3])),
-    ):
-        with pytest.raises(error, match=r"vae decode: `"):
-            call()
-    assert not ran
-
-
 # What runs, and how it lies in memory ---------------------------------------------------------------------------
 
 
@@ -357,7 +179,7 @@ def test_no_mask_and_no_padded_or_enlarged_clip_is_made(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a mask, a padded or an enlarged clip was made")
 
-    vae, z, clip = tiny(), latents(2), video(5)
+    vae, z, clip = tiny(), latents(2), video(5, 16, 24)
     for ops in ("all", VAE_OPS - {"vae_attention"}):
         pv.accelerate(vae, ops=ops)
         with monkeypatch.context() as patch:
@@ -394,7 +216,7 @@ def test_clips_lie_channels_last_at_every_module_boundary():
             if name not in stock_layout:  # what leaves a half has the stock layout, and frames are written in it
                 module.register_forward_hook(look(name))
     decode(vae, latents(3))
-    encode(vae, video(9))
+    encode(vae, video(9, 16, 24))
     assert len(set(seen)) > 100 and not wrong
 
 
@@ -484,7 +306,9 @@ def test_autocast_keeps_its_convolutions():
 
 @torch.no_grad()
 def test_compiles_into_one_graph():
-    vae, z = tiny(layers_per_block=0), latents(2, 2, 2)
+    levels = {"block_out_channels": (8, 8, 8), "layers_per_block": 0, "spatial_compression_ratio": 4}
+    levels |= {f"{way}_block_types": (f"HunyuanVideo{way.title()}Block3D",) * 3 for way in ("up", "down")}
+    vae, z = tiny(**levels), latents(2, 2, 2)
     stock = vae.decoder(z)
     pv.accelerate(vae)
     torch.compiler.reset()
@@ -531,33 +355,3 @@ def test_unknown_sources_are_refused(monkeypatch):
     with pytest.raises(ModelError, match="the source of HunyuanVideoDecoder3D"):
         pv.accelerate(vae)
     assert instance_dicts(vae) == before
-
-
-# Pipelines ------------------------------------------------------------------------------------------------------
-
-
-def pipeline():
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    transformer = nn.Linear(1, 1)
-    return HunyuanVideoPipeline(
-        transformer=transformer, vae=tiny(layers_per_block=0), scheduler=FlowMatchEulerDiscreteScheduler(), **parts
-    )
-
-
-def test_a_pipeline_gets_its_vae_swapped_and_says_so_of_its_transformer():
-    pipe, z = pipeline(), latents(2)
-    stock = decode(pipe.vae, z)
-    report = pv.accelerate(pipe, strict=True)
-    assert_equal_to_1e5(decode(pipe.vae, z), stock)
-    assert set(report.calls()) == VAE_OPS and all(path.startswith("vae") for path in report.to_dict()["modules"])
-    assert "not integrated yet" in report.to_dict()["kept"]["transformer"]
-    pv.warmup(pipe, shapes=(16, 24, 9))
-    pv.restore(pipe)
-    assert torch.equal(decode(pipe.vae, z), stock)
-
-
-def test_attention_of_a_transformer_that_is_not_integrated_is_not_silently_dropped():
-    pipe = pipeline()
-    assert "not integrated yet" in str(pv.accelerate(pipe, attention="dense").to_dict()["modules"]["transformer"])
-    with pytest.raises(UnsupportedError, match="transformer: spacetime_attention: Linear is not integrated yet"):
-        pv.accelerate(pipe, attention="dense", strict=True)

@@ -123,8 +123,8 @@ def conv_forward(
         else:
             if factor is not None:
                 clip = channels_last(_upsampled(input, factor))
-            # On a CPU the library has an order of its own.
-            ordered = packed(self, "weight", pack_weight) if clip.is_cuda else None
+            # oneDNN's own reordering is several times faster from there too.
+            ordered = packed(self, "weight", pack_weight)
             y = causal_conv3d(
                 clip,
                 self.weight if ordered is None else ordered,
@@ -253,9 +253,9 @@ def _checkpointing(module: Any) -> bool:
 def residual_forward(self: HunyuanVideoResnetBlockCausal3D, settings: Settings, hidden_states: Tensor) -> Tensor:
     """HunyuanVideoResnetBlockCausal3D; the block's own sum is the epilogue of its second convolution."""
     x = hidden_states
-    shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
     y = self.conv1(_activated(self.norm1, self.nonlinearity, x))
     y = self.dropout(_activated(self.norm2, self.nonlinearity, y))
+    shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
     return _convolved(self.conv2, y, residual=shortcut)
 
 
