@@ -109,7 +109,7 @@ def _finish(
 def _walk_pointers(
     acc, acc2, x_ptr, cache_ptr, weight_ptr, b, oldest, start, cached, h, w, o, h0, w0, p, q, first_channel,
     x_b, x_t, x_h, x_w, c_b, c_t, c_h, c_w,
-    KT: tl.constexpr, C: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    KT: tl.constexpr, C: tl.constexpr, HAS_CACHE: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the taps of the frames from ``start`` on, ``weight_ptr`` being those of the phase."""
@@ -133,10 +133,12 @@ def _walk_pointers(
         if EDGES:
             y, x = tl.minimum(tl.maximum(y, -h0), h - 1 - h0), tl.minimum(tl.maximum(x, -w0), w - 1 - w0)
             inside = m >= 0
-        # A frame of the cache or of x: a scalar choice of base and strides, no branch in the loop.
-        old = frame < 0
-        base = tl.where(old, cache_ptr + b * c_b + (frame + cached) * c_t, x_ptr + b * x_b + frame * x_t)
-        s_h, s_w = tl.where(old, c_h, x_h), tl.where(old, c_w, x_w)
+        base, s_h, s_w = x_ptr + b * x_b + frame * x_t, x_h, x_w
+        if HAS_CACHE:
+            # A frame of the cache or of x: a scalar choice of base and strides, no branch in the loop.
+            old = frame < 0
+            base = tl.where(old, cache_ptr + b * c_b + (frame + cached) * c_t, base)
+            s_h, s_w = tl.where(old, c_h, x_h), tl.where(old, c_w, x_w)
         base += tl.cast(h0, tl.int64) * s_h + tl.cast(w0, tl.int64) * s_w + k0
         at = base + (y * s_h + x * s_w)[:, None] + k[None, :]
         k_at = (step // PER_FRAME * 4 + tap) * C + k0
@@ -205,7 +207,7 @@ def _upsample_conv2d_fwd_kernel(
             acc, acc2 = _walk_pointers(
                 acc, acc2, x_ptr, cache_ptr, weight_ptr, b, oldest, missing, cached, h, w, o, h0, w0, p, q,
                 first_channel, x_b, x_t, x_h, x_w, c_b, c_t, c_h, c_w,
-                KT, C, EDGES, PRECISION, BH, BW, BK, N, N2,
+                KT, C, HAS_CACHE, EDGES, PRECISION, BH, BW, BK, N, N2,
             )  # fmt: skip
         else:
             batch, frame0, top, left = b.to(tl.int32), oldest.to(tl.int32), h0 - 1 + p, w0 - 1 + q
@@ -223,7 +225,7 @@ def _upsample_conv2d_fwd_kernel(
         acc, acc2 = _walk_pointers(
             acc, acc2, x_ptr, cache_ptr, weight_ptr, b, oldest, missing, cached, h, w, o, h0, w0, p, q,
             first_channel, x_b, x_t, x_h, x_w, c_b, c_t, c_h, c_w,
-            KT, C, EDGES, PRECISION, BH, BW, BK, N, N2,
+            KT, C, HAS_CACHE, EDGES, PRECISION, BH, BW, BK, N, N2,
         )  # fmt: skip
     if TWICE:
         # One convolution for the two frames that are made from this one.

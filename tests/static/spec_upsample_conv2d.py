@@ -22,10 +22,13 @@ def _call(x, out, kt=0, time_factor=1, cached=0, first=True, pad_mode="zeros", r
 
 # One architecture a variant: pointers, descriptors, MFMA.
 _FEW = ("sm_80", "sm_90", "gfx942")
+_SPILLS = "up to 9 instructions on spilled registers"
+_ABORTS = "its pass to buffer loads aborts on the choice between the frames' two base pointers"
 
 
 def _case(name, *args, tma=True, archs=None, **options):
-    return Case(name, partial(_call, *args, **options), matrix=True, tma=tma, archs=archs)
+    older = {"sm_120": _SPILLS, **({"gfx942": _ABORTS} if options.get("cached") else {})}
+    return Case(name, partial(_call, *args, **options), matrix=True, tma=tma, archs=archs, older_triton=older)
 
 
 CASES = [
