@@ -53,6 +53,8 @@ PYVIDEO_KINDS = {
     "block_mean": "attention",
     "causal_conv3d": "conv",
     "upsample_conv2d": "conv",
+    "decode_head_": "conv",
+    "vae_attention": "attention",
 }
 
 _ATTENTION_OP = re.compile(

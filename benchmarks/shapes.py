@@ -214,6 +214,30 @@ UPSAMPLE_CPU: Shapes = {
     "hunyuanvideo-tile-128": {"grid": (3, 24, 24), "channels": 128, "out": 128, "style": "hunyuanvideo"},
 }
 
+# The middle blocks of the decoders, frames as latents: channels are those of the one head.
+MIDDLE_GPU: Shapes = {
+    "wan-480p-384": {"grid": (1, 60, 104), "channels": 384},
+    "wan-720p-384": {"grid": (1, 90, 160), "channels": 384},
+    "wan-5b-704p-1024": {"grid": (1, 44, 80), "channels": 1024},
+    "hunyuan-tile-512": {"grid": (5, 32, 32), "channels": 512, "style": "hunyuanvideo"},
+}
+MIDDLE_CPU: Shapes = {
+    "wan-128-384": {"grid": (4, 16, 16), "channels": 384},
+    "hunyuan-64-512": {"grid": (3, 8, 8), "channels": 512, "style": "hunyuanvideo"},
+}
+# Their last layers: positions before patches are unfolded, and the channels that come in.
+HEAD_GPU: Shapes = {
+    "wan-480p-96": {"grid": (4, 480, 832), "channels": 96},
+    "wan-720p-96": {"grid": (4, 720, 1280), "channels": 96},
+    "wan-5b-704p-256": {"grid": (4, 352, 640), "channels": 256, "style": "wan-2.2"},
+    "hunyuan-tile-128": {"grid": (17, 256, 256), "channels": 128, "style": "hunyuanvideo"},
+    "ltx-512p-128": {"grid": (121, 128, 192), "channels": 128, "style": "ltx"},
+}
+HEAD_CPU: Shapes = {
+    "wan-128-96": {"grid": (4, 128, 128), "channels": 96},
+    "ltx-64-128": {"grid": (9, 16, 16), "channels": 128, "style": "ltx"},
+}
+
 # A tile of frames: diffusers' own size, and half of the width of 720p.
 TILE_GPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}, "wan-720p-half": {"grid": (4, 720, 768)}}
 TILE_CPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}}

@@ -45,6 +45,7 @@ _EXPORTS = {
     "pack_upsample_weight": "pyvideo_kernels.ops.upsample_conv2d",
     "vae_attention": "pyvideo_kernels.ops.vae_attention",
     "decode_head": "pyvideo_kernels.ops.decode_head",
+    "decode_head_": "pyvideo_kernels.ops.decode_head",
     "guidance_step": "pyvideo_kernels.ops.guidance_step",
     "unipc_step": "pyvideo_kernels.ops.unipc_step",
     "solver_for": "pyvideo_kernels.schedule",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .ops.block_sparse_attention import block_sparse_attention as block_sparse_attention
     from .ops.causal_conv3d import causal_conv3d as causal_conv3d
     from .ops.decode_head import decode_head as decode_head
+    from .ops.decode_head import decode_head_ as decode_head_
     from .ops.final_layer import final_layer as final_layer
     from .ops.gate_residual import gate_residual as gate_residual
     from .ops.gate_residual_norm_modulate import gate_residual_norm_modulate as gate_residual_norm_modulate

@@ -51,7 +51,7 @@ def split_columns(columns: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
-@family("decode_head", HeadConfig, limit=24)
+@family("decode_head_", HeadConfig, limit=24)
 def select(arch: str, *, c: int, o: int, kt: int, itemsize: int) -> HeadConfig:
     """No spills and within shared memory everywhere (tests/static)."""
     amd = arch.startswith("gfx")

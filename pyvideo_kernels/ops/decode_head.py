@@ -132,6 +132,38 @@ def decode_head(
     return (frames, next_cache(z, cache, kt - 1)) if return_cache else frames
 
 
+def decode_head_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cache: Tensor | None = None,
+    pad_mode: str = "zeros",
+    pad_end: int = 0,
+    patch: Sequence[int] = (1, 1, 1),
+    clamp: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """`decode_head` of activations that are normalised already, into ``out``: the op alone, one kernel.
+
+    Args:
+        out: as for `decode_head`, overwritten. Every other argument as there.
+    Returns:
+        ``out``.
+    Raises:
+        as `decode_head`.
+    Supports: sm_80+, gfx942+, CPU | fwd, in place | fullgraph, CUDA graphs, dynamic T, H, W.
+    Numerics: as `decode_head`. Deterministic: yes.
+    Source: as `decode_head`.
+    """
+    if not isinstance(out, Tensor):
+        raise DTypeError(f"{_OP}: `out` must be a tensor; got {type(out).__name__}")
+    options = {"cache": cache, "pad_mode": pad_mode, "pad_end": pad_end, "patch": patch, "clamp": clamp}
+    decode_head(x, weight, bias, out=out, impl=impl, **options)  # type: ignore[arg-type]
+    return out
+
+
 def _check_norm(
     x: Tensor,
     norm: str | None,

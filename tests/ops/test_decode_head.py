@@ -220,6 +220,15 @@ def test_a_slice_of_a_clip_is_written_and_nothing_else(impl, kind, layout):
     assert (before == 77).all()
 
 
+def test_the_form_in_place_is_the_same():
+    a = _to(_inputs(out=12), helpers.DEVICE)
+    out = torch.empty(1, 3, 2, 6, 8, device=helpers.DEVICE)
+    assert pv.decode_head_(out, **a, patch=(1, 2, 2)) is out
+    assert torch.equal(out, pv.decode_head(**a, patch=(1, 2, 2)))
+    with pytest.raises(DTypeError, match="`out` must be a tensor; got NoneType"):
+        pv.decode_head_(None, **a)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("chunks", [(1, 1, 2), (1, 3)])
 def test_chunks_with_their_cache_fill_what_the_whole_clip_does(chunks, impl):
@@ -244,7 +253,7 @@ def test_programs_that_share_frames_or_channels_agree_bitwise(cut):
     expected = pv.decode_head(**a, **options)
     arch = "cpu" if not helpers.GPU else "sm_90"
     config = dataclasses.replace(configs.select(arch, c=16, o=12, kt=3, itemsize=4), **cut)
-    with forced_config("decode_head", config):
+    with forced_config(NAME, config):
         assert torch.equal(pv.decode_head(**a, **options), expected)
 
 
