@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_CONTAINER = Path("/sys/fs/cgroup")
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
@@ -32,9 +34,15 @@ def free_memory(device: torch.device) -> int | None:
     try:
         with open("/proc/meminfo") as file:
             rows = dict(line.split(":", 1) for line in file)
-        return int(rows["MemAvailable"].split()[0]) * 1024
+        free = int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+    try:
+        # A container has less, and ends a process that takes more without an error.
+        most, used = (int((_CONTAINER / f"memory.{what}").read_text()) for what in ("max", "current"))
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, most - used))
 
 
 def release(device: torch.device) -> None:

@@ -196,13 +196,14 @@ def decoded(
     """
     given = given or {}
     height, width = latents.shape[3:]
+    device = _device(stream, latents)
     runs = stream.steps(latents.shape[2], chunk)
     plan = tiling if isinstance(tiling, TilePlan) else None
     if plan is not None and out is not None:
         plan = replace(plan, streams=False)
     if tiling == "auto":
         cost = measure(stream, latents, chunk, given)
-        plan = plan_tiles(stream, height, width, cost, free_memory(latents.device), joined=out is not None)
+        plan = plan_tiles(stream, height, width, cost, free_memory(device), joined=out is not None)
         if plan is not None:
             say(f"{OP}: whole frames would not fit in memory: decoding in {plan.describe(stream)}")
     delivered = 0
@@ -229,12 +230,19 @@ def decoded(
         if failure is None:
             return
         del source
-        release(latents.device)
+        release(device)
         plan = _smaller(stream, latents, chunk, given, plan, out is not None)
         if plan is None:
             raise failure
         after = f" after {delivered} frames" if delivered else ""
         say(f"{OP}: not enough memory{after}: decoding again in {plan.describe(stream)}")
+
+
+def _device(stream: VaeStream, latents: Tensor) -> torch.device:
+    """Where the work is done: hooks may take the latents elsewhere."""
+    from ..integrations.upfront import execution_device
+
+    return execution_device(stream.vae) or latents.device
 
 
 def _half(latents: Tensor, plan: TilePlan | None) -> int:
@@ -248,11 +256,12 @@ def _smaller(
 ) -> TilePlan | None:
     """The cheapest tiles that fit in what is free now, at most half of what failed; None if there are none."""
     height, width = latents.shape[3:]
+    device = _device(stream, latents)
     try:
         cost = measure(stream, latents, chunk, given)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         cost = Cost(1, 1, 1, 1)  # not even that: the order of the tilings is all that is known
-    free, most = free_memory(latents.device), _half(latents, plan)
+    free, most = free_memory(device), _half(latents, plan)
     return plan_tiles(stream, height, width, cost, free, most=most, joined=joined)

@@ -79,7 +79,8 @@ class TilePlan:
             whole = isinstance(value, (tuple, list)) and len(value) == 2
             if not whole or any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in value):
                 bad_option("TilePlan", name, f"two integers (height, width) of at least {least}", value)
-        if any(step > size for step, size in zip(self.stride, self.tile, strict=True)):
+        # Flags of a VAE may leave gaps, which diffusers closes up.
+        if self.kept is None and any(step > size for step, size in zip(self.stride, self.tile, strict=True)):
             bad_option("TilePlan", "stride", f"at most the tile, {self.tile}", self.stride)
 
     def spans(self, axis: int, length: int, ratio: int, grain: int = 1) -> list[Span]:
@@ -91,18 +92,17 @@ class TilePlan:
         blend = (tile - stride) * ratio if self.blend is None else self.blend[axis]
         kept = stride * ratio if self.kept is None else self.kept[axis]
         spans: list[Span] = []
-        before = 0
-        for index, start in enumerate(range(0, length, stride)):
+        before = place = 0
+        for start in range(0, length, stride):
             stop = min(start + tile, length)
             pixels = (stop - start) * ratio
-            place = index * kept
             last = self.kept is None and stop == length
             own = pixels if last else min(pixels, kept, length * ratio - place)
             if own <= 0:
                 break
-            seam = min(before, pixels, blend) // grain * grain if index else 0
+            seam = min(before, pixels, blend) // grain * grain
             spans.append(Span(start, stop, place, own, seam))
-            before = pixels
+            before, place = pixels, place + own
             if last:
                 break
         return spans
