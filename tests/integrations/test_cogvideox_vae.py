@@ -62,6 +62,14 @@ def test_decode_equals_diffusers_in_float32(frames):
     assert set(report.calls()) == VAE_OPS and not report.fallbacks()
 
 
+def test_81_frames():
+    vae, z = tiny(), latents(21, 1, 2)
+    stock = decode(vae, z)
+    pv.accelerate(vae, strict=True)
+    assert stock.shape[2] == 81
+    assert_equal_to_1e5(decode(vae, z), stock)
+
+
 @pytest.mark.parametrize("frames", [1, 8, 17])
 def test_encode_equals_diffusers_in_float32(frames):
     vae, clip = tiny(), video(frames, 24, 40)

@@ -71,6 +71,15 @@ def test_decode_equals_diffusers_in_float32(kind, frames):
     assert stock.shape[2] == 8 * frames - 7 and set(report.calls()) == VAE_OPS and not report.fallbacks()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_81_frames(kind):
+    vae, z = tiny(kind), latents(11, 1, 2)
+    stock = decode(vae, z)
+    pv.accelerate(vae, strict=True)
+    assert stock.shape[2] == 81
+    assert_equal_to_1e5(torch.cat(stream(vae, z, 2), 2), stock)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "strided and not causal"])
 @pytest.mark.parametrize("frames", [1, 9])
 def test_encode_equals_diffusers_in_float32(kind, frames):
