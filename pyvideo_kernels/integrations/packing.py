@@ -38,7 +38,7 @@ def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -
 
 def forget_offloaded(model: nn.Module) -> None:
     """Drop what was packed of a model whose parameters a hook takes elsewhere between calls."""
-    if not _managed(model) and not any(_managed(module) for module in model.modules()):
+    if torch.compiler.is_compiling() or not any(_managed(module) for module in model.modules()):
         return
     for module in model.modules():
         if (mark := mark_of(module)) is not None:

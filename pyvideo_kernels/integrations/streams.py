@@ -11,6 +11,7 @@ from ..errors import ModelError
 from ..nn.streaming_vae_decoder import decode_clip, records
 from ..nn.tiling import tile_of_flags
 from ..nn.vae_stream import VaeStream
+from .packing import forget_offloaded
 
 # diffusers model class -> the file with its ``Stream``.
 STREAMS = {
@@ -42,5 +43,8 @@ def _decode(self: Any, z: Tensor, return_dict: bool = True) -> Any:
         if records(stream, z):
             return type(self)._decode(self, z, return_dict=return_dict)
         tiling = tile_of_flags(stream)
-    frames = decode_clip(stream, z, tiling=tiling)
+    try:
+        frames = decode_clip(stream, z, tiling=tiling)
+    finally:
+        forget_offloaded(self)
     return DecoderOutput(sample=frames) if return_dict else (frames,)

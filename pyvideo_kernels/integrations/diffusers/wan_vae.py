@@ -28,6 +28,7 @@ from .. import streams
 from ..swap import Left, Plan, Settings, Swap, obstacle
 from . import wan_vae_blocks as blocks
 from . import wan_vae_forwards as forwards
+from . import wan_vae_stream
 
 _HOME = "diffusers.models.autoencoders.autoencoder_kl_wan"
 SOURCES = {
@@ -117,12 +118,12 @@ def _stream(result: Plan, model: nn.Module, path: str, settings: Settings) -> No
     wanted = [op for op in _ALL if op in settings.ops]
     if not wanted:
         return
-    methods = {"_decode": streams._decode}
+    methods: dict[str, Callable[..., Any]] = {"_decode": streams._decode, "_encode": wan_vae_stream._encode}
     reason = _unfit(model, AutoencoderKLWan) or obstacle(model, methods)
     if reason is not None:
         result.left += [Left(path, op, reason) for op in wanted]
     else:
-        result.swaps.append(Swap(path, model, None, (), "decodes as a stream", methods))
+        result.swaps.append(Swap(path, model, None, (), "decodes as a stream; encodes without joining twice", methods))
 
 
 def _unfit(module: Any, kind: type[nn.Module]) -> str | None:

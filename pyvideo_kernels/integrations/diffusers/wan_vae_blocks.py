@@ -87,7 +87,7 @@ def _run_row(blocks: Any, x: Tensor, cache: Any, index: Any, relay: Relay, norm:
 
 def _activated(norm: Any, activation: Any, x: Tensor) -> Tensor:
     """``activation(norm(x))`` in one op where both can be."""
-    if ours(norm, WanRMS_norm) and type(activation) is nn.SiLU:
+    if ours(norm, WanRMS_norm) and type(activation) is nn.SiLU and not watched(norm):
         y: Tensor = norm(x, silu=True)
         return y
     y = activation(norm(x))
@@ -269,13 +269,32 @@ def average_forward(self: AvgDown3D, settings: Settings, x: Tensor) -> Tensor:
 
 
 def repeat_forward(self: DupUp3D, settings: Settings, x: Tensor, first_chunk: bool = False) -> Tensor:
-    """DupUp3D: channels repeated, then unfolded into time and space."""
-    clip = channels_last(x).repeat_interleave(self.repeats, dim=-1)
+    """DupUp3D: channels repeated and unfolded into time and space, in one pass."""
+    clip = channels_last(x)
     b, t, h, w, _ = clip.shape
-    step, side = self.factor_t, self.factor_s
-    cells = clip.view(b, t, h, w, self.out_channels, step, side, side).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    unfolded = cells.reshape(b, t * step, h * side, w * side, self.out_channels)
+    step, side, out = self.factor_t, self.factor_s, self.out_channels
+    digits = None if self.factor % self.repeats else _digits(self.factor // self.repeats, (step, side, side))
+    if digits is None:
+        cells = clip.repeat_interleave(self.repeats, dim=-1).view(b, t, h, w, out, step, side, side)
+        cells = cells.permute(0, 1, 5, 2, 6, 3, 7, 4)
+    else:
+        (i, p), (j, q), (k, r) = digits
+        cells = clip.reshape(b, t, h, w, out, i, 1, j, 1, k, 1).expand(b, t, h, w, out, i, p, j, q, k, r)
+        cells = cells.permute(0, 1, 5, 6, 2, 7, 8, 3, 9, 10, 4)
+    unfolded = cells.reshape(b, t * step, h * side, w * side, out)
     return channels_first(unfolded[:, step - 1 :] if first_chunk else unfolded)
+
+
+def _digits(channels: int, sizes: tuple[int, ...]) -> list[tuple[int, int]] | None:
+    """``(own, repeated)`` of each size: so many channels tell the first ones apart; None: they do not divide them."""
+    out = []
+    for size in sizes:
+        own = min(channels, size)
+        if channels % own or size % own:
+            return None
+        out.append((own, size // own))
+        channels //= own
+    return out if channels == 1 else None
 
 
 def mid_forward(

@@ -114,7 +114,7 @@ def conv_forward(
         out = frames.out
         direct = out is not None and out.dtype in (x.dtype, torch.uint8) and out.device == x.device
         patch = (1, frames.patch, frames.patch)
-        made = decode_head(
+        made: Any = decode_head(
             clip, weight, self.bias, cache=cache, patch=patch, clamp=frames.clamp, out=out if direct else None,
             impl=settings.impl,
         )  # fmt: skip

@@ -1,18 +1,21 @@
-"""Wan's VAE (2.1 and 2.2) as a stream: one frame of the first latent, then four of each."""
+"""Wan's VAE (2.1 and 2.2) as a stream: one frame of the first latent, then four of each; and its encoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
 from torch import Tensor
 
-from ...errors import bad_option
+from ...errors import bad_option, bad_shape, check_tensor
 from ...nn.vae_stream import OP, VaeStream, check_latents
 from ..clips import channels_first, channels_last
-from ..packing import watched
+from ..packing import forget_offloaded, watched
 from ..swap import ours
 from .wan_vae_forwards import Frames, finished
+
+_ENCODE = "vae encode"
 
 
 class Stream(VaeStream):
@@ -74,3 +77,34 @@ class Stream(VaeStream):
 
 def _least(vae: Any) -> tuple[int, int]:
     return vae.tile_sample_min_height, vae.tile_sample_min_width
+
+
+# Named like what it replaces: a pickled bound method is looked up by name, and finds that of the class.
+def _encode(self: Any, x: Tensor) -> Tensor:
+    """``AutoencoderKLWan._encode``: the first frame by itself, then four at a time, joined once at the end."""
+    check_tensor(_ENCODE, "x", x, ndim=5)
+    patch = self.config.patch_size or 1
+    channels = self.config.in_channels // patch**2
+    if x.shape[1] != channels or 0 in x.shape or x.shape[3] % patch or x.shape[4] % patch:
+        sides = f" and sides that are multiples of {patch}" if patch > 1 else ""
+        bad_shape(_ENCODE, "x", f"[B, {channels}, T, H, W] with nothing empty{sides}", x)
+    height, width = _least(self)
+    if self.use_tiling and (x.shape[4] > width or x.shape[3] > height):
+        stock: Tensor = type(self)._encode(self, x)
+        return stock
+    state: list[Any] = [None] * self._cached_conv_counts["encoder"]
+    pieces = []
+    for group in range(1 + (x.shape[2] - 1) // 4):
+        frames = x[:, :, :1] if group == 0 else x[:, :, 4 * group - 3 : 4 * group + 1]
+        pieces.append(self.encoder(_patches(frames, patch), feat_cache=state, feat_idx=[0]))
+    moments: Tensor = self.quant_conv(torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0])
+    forget_offloaded(self)
+    return moments
+
+
+def _patches(x: Tensor, patch: int) -> Tensor:
+    """``patchify``, which leaves the column before the row inside a patch; channels-last."""
+    if patch == 1:
+        return channels_first(channels_last(x))
+    cells = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # [B, C, T, h, row, w, column]
+    return channels_first(cells.permute(0, 2, 3, 5, 1, 6, 4).flatten(4))
