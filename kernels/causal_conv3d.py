@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyvideo_kernels.configs import arch_for
 from pyvideo_kernels.configs import rms_norm_silu as norm_configs
-from pyvideo_kernels.configs.causal_conv3d import ConvConfig, select
+from pyvideo_kernels.configs.causal_conv3d import MAX_NORM_CHANNELS, ConvConfig, select
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.ops.causal_conv3d import fold_time, pack_weight
 from pyvideo_kernels.reference.causal_conv3d import output_shape, repeats_frames, shuffle_factor, spatial_mode
@@ -160,7 +160,7 @@ def _with_border(
     return config, dataclasses.replace(pointers, block_h=config.block_h, block_w=config.block_w)
 
 
-def launch_fwd(call: Call, config: ConvConfig, border: ConvConfig | None = None) -> None:
+def launch_fwd(call: Call, border: ConvConfig | None, config: ConvConfig) -> None:
     """Launch one variant; ``border``: by pointers, for the boxes that touch an edge, beside the other.
 
     ``border`` has the boxes of ``config``.
@@ -248,12 +248,14 @@ def causal_conv3d(
     edge = spatial_mode(pad_mode) if kh * kw > 1 else "zeros"
     aligned = tuple(stride[1:]) == (1, 1) and x.shape[1] > 0
     aligned = aligned and descriptors_can_address(x, cache, packed.permute(0, 2, 3, 4, 1))
+    normed = epilogue == "rms_norm_silu"
     arch, key = arch_for(x), {"c": c, "o": wide, "itemsize": x.element_size()}
+    if normed and x.element_size() == 2 and wide <= MAX_NORM_CHANNELS:
+        key["norm"] = True
     config, border = select(arch, **key, aligned=aligned), None
     if config.descriptors and edge != "zeros":
         config, border = _with_border(config, select(arch, **key, aligned=False), x.shape[2:4], (kh, kw))
     _check_span(config, (x, cache), residual, shape, unfold, (kh, kw), stride)
-    normed = epilogue == "rms_norm_silu"
     # The norm is taken in registers where one program has all channels of a pixel, and by a pass of its own elsewhere.
     fused = normed and wide <= config.block_n + config.block_n2
     nothing = x.new_empty((0,))
@@ -266,7 +268,7 @@ def causal_conv3d(
             (wide, 1) if epilogue == "interleave" else (1, places), (norm_weight, norm_eps) if fused else None,
             y if y.numel() else None, z if fused else None,
         )  # fmt: skip
-        launch_fwd(call, config, border)
+        launch_fwd(call, border, config)
         if normed and not fused:
             norm_kernels.launch_fwd(
                 y, z, norm_weight, norm_eps, True, norm_configs.select(arch, width=wide, itemsize=y.element_size())

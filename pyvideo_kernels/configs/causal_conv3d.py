@@ -51,9 +51,17 @@ def split_channels(o: int) -> tuple[int, int]:
     return 128, 64
 
 
+# With more accumulators the registers of a program are full.
+MAX_NORM_CHANNELS = 192
+
+
 @family("causal_conv3d", ConvConfig, limit=40)
-def select(arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> ConvConfig:
-    """No spills and within shared memory everywhere (tests/static); ``aligned``: descriptors can address the views."""
+def select(arch: str, *, c: int, o: int, itemsize: int, aligned: bool, norm: bool = False) -> ConvConfig:
+    """No spills and within shared memory everywhere (tests/static).
+
+    ``o``: channels of the result; ``aligned``: descriptors can address the views; ``norm``: the channels of a pixel are
+    wanted in one program, which 16-bit results of up to `MAX_NORM_CHANNELS` fit.
+    """
     n, n2 = split_channels(o)
     # The widest step that divides the channels: 96 in three of 32, 192 and 384 in steps of 64.
     block_k = 64 if c % 64 == 0 else 32 if c > 16 else 16
@@ -81,7 +89,11 @@ def _fp32(arch: str, block_k: int, n: int, n2: int, aligned: bool) -> ConvConfig
 
 
 @select.legality
-def illegal(config: ConvConfig, arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> str | None:
+def illegal(
+    config: ConvConfig, arch: str, *, c: int, o: int, itemsize: int, aligned: bool, norm: bool = False
+) -> str | None:
+    if norm and itemsize == 2 and config.block_n + config.block_n2 < o:
+        return f"{config.block_n} + {config.block_n2} channels do not hold the norm of {o}"
     if config.descriptors and not aligned:
         return "descriptors cannot address these views"
     if config.descriptors and max(config.block_h, config.block_w, config.block_k, config.block_n) > 256:
@@ -90,7 +102,9 @@ def illegal(config: ConvConfig, arch: str, *, c: int, o: int, itemsize: int, ali
 
 
 @select.neighbourhood
-def candidates(arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, aligned: bool) -> Iterator[ConvConfig]:
+def candidates(
+    arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, aligned: bool, norm: bool = False
+) -> Iterator[ConvConfig]:
     splits = {(rule.block_n, rule.block_n2), *((n, 0) for n in (32, 64, 128, 256) if n < 2 * o)}
     for n, n2 in sorted(splits):
         for config in combinations(

@@ -196,6 +196,16 @@ def test_output_channels_are_split_into_powers_of_two(o, split):
     assert configs.split_channels(o) == split
 
 
+def test_a_configuration_for_the_norm_holds_all_channels_of_a_pixel():
+    key = {"c": 96, "o": 96, "itemsize": 2, "aligned": True}
+    narrow = configs.ConvConfig(8, 16, 32, 64, 0, 4, 3, descriptors=True)
+    assert configs.select.illegal(narrow, "sm_90", **key) is None
+    assert "64 + 0 channels do not hold the norm of 96" in configs.select.illegal(narrow, "sm_90", **key, norm=True)
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        found = configs.candidates(arch, **{**key, "aligned": arch == "sm_90"}, norm=True)
+        assert len(found) > 10 and all(config.block_n + config.block_n2 >= 96 for config in found)
+
+
 def test_tf32_follows_either_of_torchs_flags(monkeypatch):
     x, flags = torch.zeros(1), torch.backends.cudnn
     monkeypatch.setattr(_kernels(), "arch_for", lambda _: "sm_90")
