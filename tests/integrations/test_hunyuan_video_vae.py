@@ -196,28 +196,47 @@ def test_no_mask_and_no_padded_or_enlarged_clip_is_made(monkeypatch):
                     decode(vae, z)
 
 
-def test_clips_lie_channels_last_at_every_module_boundary():
-    vae = tiny()
+def test_clips_lie_channels_last_at_every_module_boundary(monkeypatch):
+    vae, right = tiny(), nn.Module.__call__
     pv.accelerate(vae)
+    names = {
+        module: name for half in ("encoder", "decoder") for name, module in vae.get_submodule(half).named_modules()
+    }
     seen, wrong = [], []
 
-    def look(name):
-        def hook(module, arguments, output):
-            if output.dim() == 5 and output.shape[1] > 1:
-                seen.append(name)
-                if not output.movedim(1, -1)[0].is_contiguous():
-                    wrong.append((name, tuple(output.shape), output.stride()))
+    def call(module, *args, **kwargs):  # not a hook: nothing is fused over a hook
+        output = right(module, *args, **kwargs)
+        name = names.get(module)
+        # What leaves a half has the stock layout, and frames are written in it.
+        if name and not (name.startswith("conv_out") and output.shape[1] == 3) and output.dim() == 5:
+            seen.append(name)
+            if not output.movedim(1, -1)[0].is_contiguous():
+                wrong.append((name, tuple(output.shape), output.stride()))
+        return output
 
-        return hook
-
-    stock_layout = {"decoder": "", "decoder.conv_out": "", "decoder.conv_out.conv": "", "encoder": ""}
-    for half in ("encoder", "decoder"):
-        for name, module in vae.get_submodule(half).named_modules(prefix=half):
-            if name not in stock_layout:  # what leaves a half has the stock layout, and frames are written in it
-                module.register_forward_hook(look(name))
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    report = pv.accelerate(vae)
     decode(vae, latents(3))
     encode(vae, video(9, 16, 24))
-    assert len(set(seen)) > 100 and not wrong
+    assert len(set(seen)) > 70 and not wrong and set(report.calls()) == VAE_OPS
+
+
+def test_a_hook_sees_what_the_stock_module_returns():
+    vae, z = tiny(), latents(2)
+    outputs = {name: [] for name, _ in vae.decoder.named_modules()}
+    for name, module in vae.decoder.named_modules():
+        module.register_forward_hook(lambda _, args, output, name=name: outputs[name].append(output.clone()))
+    decode(vae, z)
+    stock = {name: outputs[name][:] for name in outputs}
+    for seen in outputs.values():
+        seen.clear()
+    report = pv.accelerate(vae, strict=True)
+    decode(vae, z)
+    for name, expected in stock.items():
+        for got, output in zip(outputs[name], expected, strict=True):
+            assert got.shape == output.shape, name
+            assert (got - output).abs().max() <= 1e-4 * output.abs().max(), name
+    assert sum(map(len, stock.values())) > 80 and not report.fallbacks()
 
 
 # In place, reversible, under hooks ------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ...ops.vae_attention import vae_attention
 from ..clips import channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed
+from ..packing import packed, watched
 from ..swap import Settings, fall_back, ours, why_not
 
 # F.pad's name of what lies outside -> the op's.
@@ -165,25 +165,23 @@ def causal_forward(
     if ours(self.conv, nn.Conv3d):
         out: Tensor = self.conv(hidden_states, self.pad_mode, residual, factor, head)
         return out
-    return _stock_conv(self, hidden_states, residual, factor)
-
-
-def _stock_conv(conv: Any, x: Tensor, residual: Tensor | None = None, factor: Any = None) -> Tensor:
-    x = x if factor is None else _upsampled(x, factor)
-    y: Tensor = HunyuanVideoCausalConv3d.forward(conv, x) if ours(conv, HunyuanVideoCausalConv3d) else conv(x)
+    x = hidden_states if factor is None else _upsampled(hidden_states, factor)
+    y: Tensor = HunyuanVideoCausalConv3d.forward(self, x)
     return y if residual is None else y + residual
 
 
 def _convolved(conv: Any, x: Tensor, residual: Tensor | None = None, factor: Any = None, head: bool = False) -> Tensor:
-    if ours(conv, HunyuanVideoCausalConv3d):
+    """``conv`` of a clip that is enlarged before or added to after it, all in one op unless somebody watches."""
+    if ours(conv, HunyuanVideoCausalConv3d) and not (watched(conv) or watched(conv.conv)):
         out: Tensor = conv(x, residual, factor, head)
         return out
-    return _stock_conv(conv, x, residual, factor)
+    y: Tensor = conv(x if factor is None else _upsampled(x, factor))
+    return y if residual is None else y + residual
 
 
 def _activated(norm: Any, activation: Any, x: Tensor) -> Tensor:
-    """``activation(norm(x))`` in one op where both can be."""
-    if ours(norm, nn.GroupNorm) and type(activation) is nn.SiLU:
+    """``activation(norm(x))`` in one op where both can be and nobody watches either."""
+    if ours(norm, nn.GroupNorm) and type(activation) is nn.SiLU and not (watched(norm) or watched(activation)):
         y: Tensor = norm(x, silu=True)
         return y
     y = activation(norm(x))
