@@ -29,8 +29,9 @@ class StreamingVaeDecoder:
     are not recorded.
 
     Args:
-        vae: ``AutoencoderKLWan`` (2.1, 2.2). It is accelerated in place, as by ``accelerate(vae, impl=impl)``, unless
-            it is already with this ``impl``; ``restore(vae)`` undoes that.
+        vae: ``AutoencoderKLWan`` (2.1, 2.2), ``AutoencoderKLHunyuanVideo``, ``AutoencoderKLLTXVideo`` or
+            ``AutoencoderKLCogVideoX``. It is accelerated in place, as by ``accelerate(vae, impl=impl)``, unless it is
+            already with this ``impl``; ``restore(vae)`` undoes that.
         impl: of the ops; ``auto`` leaves an accelerated VAE as it is.
         tiling: None decodes whole frames, whatever the flags of the VAE. ``"auto"`` measures what they take, and
             where that is more than there is, takes the tiles that fit with the fewest FLOPs. ``"vae"`` does as the
@@ -67,7 +68,8 @@ class StreamingVaeDecoder:
         Args:
             latents: ``[B, C, T, h, w]`` in the dtype of the VAE.
             chunk: latent frames a step. More are faster on small frames and take more memory; the frames are the same.
-                A causal VAE takes the first latent, which becomes one frame, by itself.
+                A causal VAE takes the first latent, which becomes one frame, by itself. HunyuanVideo and CogVideoX,
+                whose norms span time, take their own groups whatever it says.
             dtype: of the frames; None is that of the VAE, in [-1, 1], and torch.uint8 gives bytes.
             given: other arguments of the model's ``decode``.
         Raises:
