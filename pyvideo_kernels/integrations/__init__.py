@@ -43,9 +43,12 @@ _PIPELINES = {
     "LTXPipeline": ("vae",),
     "LTXImageToVideoPipeline": ("vae",),
     "LTXConditionPipeline": ("vae",),
+    "LTXI2VLongMultiPromptPipeline": ("vae",),
+    "LTXLatentUpsamplePipeline": ("vae",),
     "CogVideoXPipeline": ("vae",),
     "CogVideoXImageToVideoPipeline": ("vae",),
     "CogVideoXVideoToVideoPipeline": ("vae",),
+    "CogVideoXFunControlPipeline": ("vae",),
 }
 _PIPELINE_KEPT = [
     ("scheduler", "guidance and update fuse only in a sampling loop: pyvideo_kernels.sampler has one"),
