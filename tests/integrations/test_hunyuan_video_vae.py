@@ -14,6 +14,7 @@ import pyvideo_kernels as pv
 from pyvideo_kernels.errors import ModelError, UnsupportedError
 from pyvideo_kernels.integrations.diffusers import hunyuan_video_vae, sources
 from pyvideo_kernels.integrations.diffusers import hunyuan_video_vae_forwards as forwards
+from pyvideo_kernels.integrations.swap import mark_of
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
 from .helpers import instance_dicts
@@ -265,6 +266,21 @@ def test_saved_and_copied(tmp_path):
     pv.restore(copied)
     assert torch.equal(decode(copied, z), stock)
     assert_equal_to_1e5(decode(vae, z), stock)
+
+
+def test_packed_weights_follow_the_weights_and_go_with_them():
+    vae, z = tiny(), latents(2)
+    pv.accelerate(vae)
+    decode(vae, z)
+    up, conv = vae.decoder.up_blocks[0].upsamplers[0].conv.conv, vae.decoder.conv_in.conv
+    assert mark_of(up).packed and not mark_of(vae.decoder).packed
+    with torch.no_grad():
+        up.weight.mul_(-1.5)
+    conv.weight = nn.Parameter(conv.weight.detach().flip(0))
+    ours = decode(vae, z)
+    pv.restore(vae)
+    assert_equal_to_1e5(ours, decode(vae, z))
+    assert mark_of(up) is None
 
 
 @pytest.mark.parametrize("hooked_first", [True, False])
