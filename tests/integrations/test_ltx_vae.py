@@ -324,6 +324,16 @@ def test_autocast_keeps_its_convolutions():
     assert list(report.fallbacks()["causal_conv3d"]) == ["autocast chooses the dtype of the convolution"]
 
 
+def test_autocast_draws_the_noise_of_diffusers():
+    vae, z = tiny("0.9.5"), latents(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = decode(vae, z)
+        pv.accelerate(vae)
+        ours = decode(vae, z)
+    assert ours.dtype == stock.dtype
+    assert (ours.double() - stock.double()).abs().max() <= 0.05 * stock.abs().max()
+
+
 @torch.no_grad()
 def test_compiles_into_one_graph():
     vae, z = tiny("0.9.5", **ONE_LEVEL | {"decoder_inject_noise": (False, False)}), latents(2, 1, 2)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..clips import channels_first, channels_last
 from ..packing import watched
-from ..swap import Settings, ours
+from ..swap import Settings, autocasting, ours
 from .ltx_vae_clip import Clip
 from .ltx_vae_forwards import Factor, finished, modulated, shuffled
 
@@ -50,7 +50,9 @@ def _noise(scale: Tensor, x: Tensor, clip: Clip | None, key: Any) -> Tensor | No
     """
 
     def draw() -> Tensor:
-        return torch.randn(x.shape[2:4], device=x.device, dtype=x.dtype)[..., None] * scale.flatten()
+        # In the dtype of what convolutions give: other dtypes draw other numbers.
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
+        return torch.randn(x.shape[2:4], device=x.device, dtype=dtype)[..., None] * scale.flatten()
 
     if x.shape[1] == 0 and not (clip is not None and clip.knows(key)):
         return None
