@@ -50,7 +50,7 @@ def _noise(scale: Tensor, x: Tensor, clip: Clip | None, key: Any) -> Tensor | No
     """
 
     def draw() -> Tensor:
-        # In the dtype of what convolutions give: other dtypes draw other numbers.
+        # As the stock code, which draws in the dtype that its convolution gave.
         dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
         return torch.randn(x.shape[2:4], device=x.device, dtype=dtype)[..., None] * scale.flatten()
 
