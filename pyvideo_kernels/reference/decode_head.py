@@ -86,8 +86,8 @@ def summed(
     """√terms Σ|a b| of the sum of products behind each element; bytes are codes and need none."""
     if out.dtype == torch.uint8:
         return {}
-    x, weight, *rest = (None if t is None else t.abs() for t in (x, weight, bias, cache))  # type: ignore[assignment]
-    sums = decode_head(out, x, weight, *rest, pad_mode, pad_end, patch, False)
+    bias, cache = (None if t is None else t.abs() for t in (bias, cache))
+    sums = decode_head(out, x.abs(), weight.abs(), bias, cache, pad_mode, pad_end, patch, False)
     return {0: sums * weight[0].numel() ** 0.5}
 
 
