@@ -112,10 +112,11 @@ _KERNEL_KINDS = (
         r"copy|gelu|silu|pad|modulat|rope|rotary|residual|_key_mean|_delta_kernel|Memcpy DtoD|Memset|"
         r"at::native|at_cuda_detail|transpose", re.I)),
 )  # fmt: skip
-_OURS = re.compile(
-    "|".join(rf"(?:\b_?){name}(?:_\w*)?_kernel" for name in sorted(PYVIDEO_KINDS, key=len, reverse=True))
-)
-_OUR_NAME = re.compile("|".join(sorted((name.rstrip("_") for name in PYVIDEO_KINDS), key=len, reverse=True)))
+# Kernels bear the name of their op, without the mark of one that is in place.
+_KINDS = {name.rstrip("_"): kind for name, kind in PYVIDEO_KINDS.items()}
+_NAMES = sorted(_KINDS, key=len, reverse=True)
+_OURS = re.compile("|".join(rf"(?:\b_?){name}(?:_\w*)?_kernel" for name in _NAMES))
+_OUR_NAME = re.compile("|".join(_NAMES))
 _INDUCTOR_FUSED = re.compile(r"triton_(poi|red|per|for|mix|split)\w*_fused|cpp_fused|graph_\d+_cpp_fused")
 _INDUCTOR_TEMPLATE = re.compile(r"triton_tem_fused")
 
@@ -164,7 +165,7 @@ def kernel_kind(name: str) -> str | None:
     if ours:
         found = _OUR_NAME.search(ours.group())
         assert found is not None  # the two patterns are made of the same names
-        return PYVIDEO_KINDS[found.group()]
+        return _KINDS[found.group()]
     if name.startswith("_fold_modulation_kernel"):  # prepares final_layer's modulation
         return "pointwise"
     for kind, pattern in _KERNEL_KINDS:
