@@ -24,7 +24,7 @@ from .vae_helpers import assert_equal_to_1e5, drawn, encode, latents, truth, vid
 # Parity ---------------------------------------------------------------------------------------------------------
 
 
-def test_full_width_decode_equals_diffusers_in_float32():
+def test_full_width_decode_is_that_of_diffusers():
     """The released model's widths and depth. The encoder's weights, which are most of the time, are left out."""
     with torch.device("meta"):
         vae = AutoencoderKLHunyuanVideo().eval().requires_grad_(False)
@@ -39,6 +39,11 @@ def test_full_width_decode_equals_diffusers_in_float32():
         assert_equal_to_1e5(decode(vae, z), expected)
     assert [clip.shape[2] for clip in stock] == [1, 17]
     assert set(report.calls()) == VAE_OPS and not report.fallbacks()
+    pv.restore(vae)
+    half, z = vae.to(torch.bfloat16), clips[0].bfloat16()
+    exact, stock = truth(decode, half, z), decode(half, z)
+    pv.accelerate(half, strict=True)
+    assert_close(decode(half, z), exact, stock)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, TILED])
