@@ -24,11 +24,19 @@ STREAMS = {
 
 def stream_of(vae: Any) -> VaeStream:
     """The stream of a diffusers VAE; raises ModelError if there is none."""
-    place = STREAMS.get(type(vae).__name__)
-    if place is None or not type(vae).__module__.startswith("diffusers."):
-        raise ModelError(f"vae decode: `vae` must be one of {', '.join(STREAMS)}; got {type(vae).__name__}")
-    stream: VaeStream = importlib.import_module(place).Stream(vae)
+    stream: VaeStream = _class_of(type(vae))(vae)
     return stream
+
+
+def _class_of(kind: type) -> Any:
+    place = STREAMS.get(kind.__name__)
+    if place is None or not kind.__module__.startswith("diffusers."):
+        raise ModelError(f"vae decode: `vae` must be one of {', '.join(STREAMS)}; got {kind.__name__}")
+    return importlib.import_module(place).Stream
+
+
+# A graph cannot import: what torch.compiler.assume_constant_result sets.
+_class_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Named like what it replaces: a pickled bound method is looked up by name, and finds that of the class.

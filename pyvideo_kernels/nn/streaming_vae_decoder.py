@@ -134,8 +134,8 @@ def decode_clip(
 ) -> Tensor:
     """The frames of a clip in one tensor; arguments as in `StreamingVaeDecoder.decode`, checked by the caller."""
     chunk = chunk or stream.ample(latents)
-    if out is None and tiling is None and records(stream, latents):
-        # Writing into slices would record every slice of the whole.
+    if out is None and tiling is None and (torch.compiler.is_compiling() or records(stream, latents)):
+        # Writing into slices would record every slice of the whole; and a compiler has its own mind of where to write.
         steps, state = stream.steps(latents.shape[2], chunk), stream.new_state(**given)
         return torch.cat([_step(stream, latents, state, run, run == steps[-1], dtype) for run in steps], 2)
     dtype = dtype if out is None else out.dtype
@@ -151,10 +151,7 @@ def decode_clip(
     def whole() -> Iterator[Tensor]:
         return _whole(stream, latents, chunk, dtype, given, out)
 
-    if torch.compiler.is_compiling() and tiling is None:
-        pieces = whole()
-    else:
-        pieces = decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, out=out, say=say)
+    pieces = decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, out=out, say=say)
     done = 0
     for frames in pieces:
         if out is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +17,6 @@ import pyvideo_kernels as pv
 from pyvideo_kernels import StreamingVaeDecoder
 from pyvideo_kernels.errors import DTypeError, ShapeError
 from pyvideo_kernels.integrations.diffusers import wan_vae_blocks as blocks
-from pyvideo_kernels.integrations.diffusers import wan_vae_forwards as forwards
 from pyvideo_kernels.integrations.packing import forget_offloaded
 from pyvideo_kernels.integrations.swap import mark_of
 from pyvideo_kernels.testing.compare import assert_close
@@ -294,18 +294,52 @@ def test_packed_weights_do_not_stay_where_a_model_is_offloaded():
 
 
 @torch.no_grad()
-def test_the_fused_step_is_one_graph():
-    vae, z = tiny("2.2"), latents(2, 2, 2)
-    stream = StreamingVaeDecoder(vae)._stream
-    state = stream.new_state()
-    stream.step(z[:, :, :1], state, first=True, last=False)
-    expected = stream.step(z[:, :, 1:], list(state), first=False, last=True)
+def test_a_whole_decode_is_one_graph():
+    vae, z = tiny(num_res_blocks=0, dim_mult=[1, 2], temperal_downsample=[True]), latents(2, 2, 2)
+    stock = decode(vae, z)
+    pv.accelerate(vae, strict=True)
     torch.compiler.reset()
-    compiled = torch.compile(vae.decoder, backend="eager", fullgraph=True)
-    x = vae.post_quant_conv(z[:, :, 1:])
-    frames = forwards.Frames(stream.patch)
-    got = compiled(x, feat_cache=list(state), feat_idx=[0], first_chunk=False, frames=frames)
-    assert error(got, expected) <= 1e-5
+    compiled = torch.compile(vae.decode, backend="eager", fullgraph=True)
+    assert error(compiled(z).sample, stock) <= 1e-5
+
+
+# Adapters, files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_lora_on_the_plain_convolutions(before):
+    """Those that PEFT can adapt: behind an upsampler, and around the attention."""
+    adapter = LoraConfig(r=2, target_modules=["to_qkv", "proj", "resample.1"], init_lora_weights=False)
+    vae, z = tiny(), latents(2)
+    plain = decode(vae, z)
+    if not before:
+        pv.accelerate(vae)
+        decode(vae, z)  # packs
+    torch.manual_seed(3)
+    inject_adapter_in_model(adapter, vae)
+    if not before:
+        ours = decode(vae, z)
+        pv.restore(vae)
+        stock = decode(vae, z)
+    else:
+        stock = decode(vae, z)
+        left = pv.accelerate(vae).to_dict()["modules"]
+        why = left["decoder.up_blocks.0.upsamplers.0.resample.1"]["left"]["upsample_conv2d"]
+        assert why == "it is a peft Conv2d, not a plain Conv2d"
+        ours = decode(vae, z)
+    assert error(ours, stock) <= 1e-5 and error(stock, plain) > 1e-2
+
+
+def test_a_saved_model_is_the_stock_one(tmp_path):
+    vae, z = tiny(), latents(2)
+    stock = decode(vae, z)
+    pv.accelerate(vae)
+    decode(vae, z)
+    torch.save(vae, tmp_path / "vae.pt")
+    loaded = torch.load(tmp_path / "vae.pt", weights_only=False)
+    assert torch.equal(decode(loaded, z), stock)
+    assert loaded._decode.__func__ is AutoencoderKLWan._decode
+    assert (tmp_path / "vae.pt").stat().st_size < 1.3 * sum(p.numel() * 4 for p in vae.parameters()) + 300_000
 
 
 def test_clips_lie_channels_last_in_the_encoder_too():
