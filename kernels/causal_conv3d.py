@@ -257,7 +257,8 @@ def causal_conv3d(
         config, border = _with_border(config, select(arch, **key, aligned=False), x.shape[2:4], (kh, kw))
     _check_span(config, (x, cache), residual, shape, unfold, (kh, kw), stride)
     # The norm is taken in registers where one program has all channels of a pixel, and by a pass of its own elsewhere.
-    fused = normed and wide <= config.block_n + config.block_n2
+    held = min(each.block_n + each.block_n2 for each in (config, border) if each is not None)
+    fused = normed and wide <= held
     nothing = x.new_empty((0,))
     y = x.new_empty(shape) if keep or not fused else nothing
     z = x.new_empty(shape) if normed else nothing

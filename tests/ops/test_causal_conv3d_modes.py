@@ -255,6 +255,20 @@ def test_a_norm_of_more_channels_than_a_program_has_is_a_second_pass(monkeypatch
         norms.clear()
 
 
+def test_both_launches_must_hold_all_channels_for_a_norm_in_registers(monkeypatch):
+    """fp32 tables may give the boxes at the edge fewer channels than those inside."""
+    kernels = __import__("pyvideo_kernels.kernels.causal_conv3d", fromlist=["select"])
+    inside = configs.ConvConfig(2, 8, 16, 32, 0, 4, 1, descriptors=True)
+    edge = configs.replace(inside, block_n=16, descriptors=False)
+    monkeypatch.setattr(kernels, "select", lambda arch, *, aligned, **_: inside if aligned else edge)
+    a = _on({"x": _randn(1, 1, 5, 3, 16), "weight": _randn(32, 16, 1, 3, 1), "norm_weight": _randn(32)}, helpers.DEVICE)
+    options = {"pad_mode": "replicate", "epilogue": "rms_norm_silu"}
+    for got, expected in zip(
+        pv.causal_conv3d(**a, **options, impl="triton"), pv.causal_conv3d(**a, **options, impl="reference"), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("epilogue", ["interleave", "pixel_shuffle"])
 def test_rows_are_read_where_they_lie(epilogue, monkeypatch):
     """A packed weight is not copied, however its rows are ordered."""
