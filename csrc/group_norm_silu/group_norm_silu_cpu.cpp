@@ -25,25 +25,27 @@ struct Stats {
   float* partial;  // [samples * parts, 3, width]: pivot, mean minus pivot, sum of squared deviations
 };
 
-// One row added to the sums of up to eight, which stay in the first cache: rows read side by side are no stream that
-// the hardware would fetch ahead.
+// Eight rows at a time: the sums of the chunk are in double, as the order of a long sum in float would show, and eight
+// rows make their additions cheap.
 template <class T>
-PYVIDEO_INLINE void add_row(const T* __restrict x, int64_t n, const float* __restrict pivot, float* __restrict total,
-                            float* __restrict squares) {
+PYVIDEO_INLINE void add_eight(const T* const* rows, int64_t n, const float* __restrict pivot, double* __restrict total,
+                              double* __restrict squares) {
+  const T* __restrict x0 = rows[0];
+  const T* __restrict x1 = rows[1];
+  const T* __restrict x2 = rows[2];
+  const T* __restrict x3 = rows[3];
+  const T* __restrict x4 = rows[4];
+  const T* __restrict x5 = rows[5];
+  const T* __restrict x6 = rows[6];
+  const T* __restrict x7 = rows[7];
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float d = to_float(x[i]) - pivot[i];
-    total[i] += d;
-    squares[i] += d * d;
-  }
-}
-
-// Moves the sums of a few rows into those of the chunk, in double: the order of a long sum in float would show.
-PYVIDEO_INLINE void flush(int64_t n, float* __restrict few, double* __restrict sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    sums[i] += few[i];
-    few[i] = 0.0f;
+    const float d0 = to_float(x0[i]) - pivot[i], d1 = to_float(x1[i]) - pivot[i];
+    const float d2 = to_float(x2[i]) - pivot[i], d3 = to_float(x3[i]) - pivot[i];
+    const float d4 = to_float(x4[i]) - pivot[i], d5 = to_float(x5[i]) - pivot[i];
+    const float d6 = to_float(x6[i]) - pivot[i], d7 = to_float(x7[i]) - pivot[i];
+    total[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7));
+    squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7));
   }
 }
 
@@ -57,10 +59,8 @@ PYVIDEO_INLINE void stats_body(const Stats& a, int64_t begin, int64_t end, doubl
     const int64_t row = sample * a.pixels + first;
     float* __restrict pivot = a.partial + unit * 3 * n;
     double* sums = scratch;  // of deviations, then of their squares
-    float* few = reinterpret_cast<float*>(scratch + 2 * n);
     std::fill(pivot, pivot + n, 0.0f);
     std::fill(sums, sums + 2 * n, 0.0);
-    std::fill(few, few + 2 * n, 0.0f);
     const int64_t early = std::min(count, kPivotRows);
     for (int64_t r = 0; r < early; ++r) {
       const T* __restrict x = reinterpret_cast<const T*>(a.x.row(row + r));
@@ -74,10 +74,28 @@ PYVIDEO_INLINE void stats_body(const Stats& a, int64_t begin, int64_t end, doubl
     for (int64_t i = 0; i < n; ++i) {
       pivot[i] *= share;
     }
-    for (int64_t r = 0; r < count; ++r) {
-      add_row(reinterpret_cast<const T*>(a.x.row(row + r)), n, pivot, few, few + n);
-      if (r % 8 == 7 || r + 1 == count) {
-        flush(2 * n, few, sums);
+    int64_t r = 0;
+    for (; r + 8 <= count; r += 8) {
+      const T* rows[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        rows[i] = reinterpret_cast<const T*>(a.x.row(row + r + i));
+        // Rows read side by side are no stream that the hardware would fetch ahead.
+        const char* ahead = a.x.row(row + std::min(r + 16 + i, count - 1));
+        for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 64) {
+          __builtin_prefetch(ahead + b);
+        }
+      }
+      add_eight(rows, n, pivot, sums, sums + n);
+    }
+    for (; r < count; ++r) {
+      const T* __restrict x = reinterpret_cast<const T*>(a.x.row(row + r));
+      double* __restrict total = sums;
+      double* __restrict squares = sums + n;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float d = to_float(x[i]) - pivot[i];
+        total[i] += d;
+        squares[i] += d * d;
       }
     }
     const double elements = static_cast<double>(count);
@@ -210,13 +228,18 @@ struct Apply {
   static constexpr int kScratch = 6;
 };
 
+// x less its mean. Of bf16, whose own steps are larger, one float is enough of it.
+PYVIDEO_INLINE float centred(float x, float mean, float rest) { return (x - mean) - rest; }
+
+PYVIDEO_INLINE float centred(bf16 x, float mean, float) { return to_float(x) - mean; }
+
 template <class T, bool kSilu>
 PYVIDEO_INLINE void apply_row(const T* __restrict x, int64_t n, const float* __restrict mean,
                               const float* __restrict rest, const float* __restrict mul, const float* __restrict add,
                               T* __restrict out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float y = ((to_float(x[i]) - mean[i]) - rest[i]) * mul[i] + add[i];
+    const float y = centred(x[i], mean[i], rest[i]) * mul[i] + add[i];
     out[i] = from_float<T>(kSilu ? silu(y) : y);
   }
 }
@@ -227,7 +250,7 @@ PYVIDEO_INLINE void apply_row(const T* __restrict x, int64_t n, const float* __r
                               const float* __restrict scale, const float* __restrict shift, T* __restrict out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float y = (((to_float(x[i]) - mean[i]) - rest[i]) * mul[i] + add[i]) * scale[i] + shift[i];
+    const float y = (centred(x[i], mean[i], rest[i]) * mul[i] + add[i]) * scale[i] + shift[i];
     out[i] = from_float<T>(kSilu ? silu(y) : y);
   }
 }
@@ -245,7 +268,8 @@ PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float
   std::fill(scale.scratch, scale.scratch + n, 1.0f);
   std::fill(shift.scratch, shift.scratch + n, 0.0f);
   Walk walk = a.walk;
-  int64_t sample = -1;
+  int64_t first = 0;  // the rows of the sample whose factors are there
+  int64_t last = 0;
   // Blocks from the last to the first: what the statistics read last is still in a cache.
   const int64_t block = std::max<int64_t>(1, kChunkElements / n);
   for (int64_t stop = end; stop > begin;) {
@@ -254,8 +278,10 @@ PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float
       walk.start(start);
     }
     for (int64_t r = start; r < stop; ++r) {
-      if (sample < 0 || r / a.pixels != sample) {
-        sample = r / a.pixels;
+      if (r < first || r >= last) {
+        const int64_t sample = r / a.pixels;
+        first = sample * a.pixels;
+        last = first + a.pixels;
         for (int64_t g = 0; g < a.groups; ++g) {
           const Moments m = a.moments[sample * a.groups + g];
           for (int64_t i = g * group_width; i < (g + 1) * group_width; ++i) {
@@ -363,7 +389,7 @@ Tensor group_norm_silu(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   const bool f32 = apply.x.dtype == DType::f32;
   parallel_rows(samples * stats.parts, std::min(stats.chunk, stats.pixels) * stats.width,
                 [&](int64_t begin, int64_t end) {
-                  std::vector<double> scratch(static_cast<size_t>(3 * stats.width));
+                  std::vector<double> scratch(static_cast<size_t>(2 * stats.width));
                   (f32 ? stats_f32 : stats_bf16)(stats, begin, end, scratch.data());
                 });
   std::vector<Moments> moments(static_cast<size_t>(samples * groups));
