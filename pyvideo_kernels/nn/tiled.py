@@ -163,12 +163,9 @@ def _like(pixels: Tensor, frames: int, height: int, width: int) -> Tensor:
     return pixels.new_empty((b, c, frames, height, width))
 
 
-Whole = Callable[[], Iterator[Tensor]]
-
-
 def tell(message: str) -> None:
     """Say something to whoever reads warnings."""
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def decoded(
@@ -176,7 +173,7 @@ def decoded(
     latents: Tensor,
     chunk: int,
     tiling: Any,
-    whole: Whole,
+    whole: Callable[[], Iterator[Tensor]],
     *,
     dtype: torch.dtype | None = None,
     given: dict[str, Any] | None = None,

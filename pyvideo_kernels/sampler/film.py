@@ -84,7 +84,7 @@ class Film:
         finally:
             if self.writer is not None:
                 self.writer.discard()
-        return reel.frames, self.stats(), self.path
+        return reel.frames[: reel.count], self.stats(), self.path
 
     @contextmanager
     def _written(self) -> Iterator[Callable[[Any], None]]:

@@ -206,6 +206,34 @@ def test_frames_are_decoded_as_the_vae_and_the_ops_say(pipe: Any, monkeypatch: p
     assert psnr(tiled, theirs) > 60 > psnr(tiled, whole)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_frames_arrive_on_the_host_in_order(device: str) -> None:
+    made: list[int] = []
+
+    def pieces(dtype: torch.dtype) -> Any:
+        for index, count in enumerate((1, 4, 0, 4)):
+            made.append(index)
+            frames = torch.arange(count * 24, device=device).reshape(1, 3, count, 2, 4) + index
+            yield frames.to(dtype) if dtype == torch.uint8 else (frames / 50 - 1).to(dtype)
+
+    for dtype in (torch.uint8, torch.bfloat16):
+        made.clear()
+        expected = torch.cat(list(pieces(dtype)), 2)[0].permute(1, 2, 3, 0).cpu()
+        made.clear()
+        arrived, ahead = [], []
+        for frames in loop.arrive(pieces(dtype)):
+            arrived.append(frames)
+            ahead.append(len(made) - len(arrived))
+        got = np.concatenate(arrived)
+        if dtype == torch.uint8:
+            np.testing.assert_array_equal(got, expected.numpy())
+        else:
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, (expected.float() / 2 + 0.5).clamp(0, 1).numpy(), atol=1e-6)
+        # On a GPU the next piece is under way before one is handed over.
+        assert ahead == ([1, 1, 1, 0] if device == "cuda" else [0, 0, 0, 0])
+
+
 def test_a_loaded_pipeline_keeps_its_own_placement(pipe: Any) -> None:
     for options in ({"dtype": "bf16"}, {"device": "cpu"}, {"offload": "model"}):
         with pytest.raises(UsageError, match="loaded already"):
