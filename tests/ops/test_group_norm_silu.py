@@ -114,11 +114,41 @@ def test_statistics_with_a_large_mean(kind, impl):
         x[0, 0, 0, :7] = 0
     exact, own = (oracle(*(t.to(to) for t in (x, weight, bias)), None, None, 4, 1e-6, True, False)
                   for to in (torch.float64, torch.float32))  # fmt: skip
-    # Seven partial results of uneven length.
+    # Eight partial results.
     config = GroupNormConfig(16, 32, 4, 8, 4)
     assert math.ceil(1536 / config.chunk(1536, 1)) == 8
     with forced_config(NAME, config):
         assert_close(_run(x, weight, bias, groups=4, impl=impl), exact, own, kind)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_long_sums(impl):
+    """A million elements with a mean of a thousand deviations, in few partial results: an order of magnitude nearer to
+    float64 than fp32 arithmetic that rounds the mean."""
+    x, _, _ = _inputs(1, 65536, 16, mean=1000.0)
+    exact, own = (oracle(x.to(to), None, None, None, None, 2, 1e-6, False, False) for to in (torch.float64, x.dtype))
+    with forced_config(NAME, GroupNormConfig(16, 4096, 4, 4, 4)):
+        out = _run(x, groups=2, silu=False, impl=impl)
+    assert_close(out, exact, own)
+    assert float((out - exact).square().mean().sqrt()) < 2e-7
+
+
+def test_conditioned_clips_are_shared_among_threads():
+    """Blocks that begin inside a line of the second clip, whatever the number of threads."""
+    x, weight, bias = _inputs(2, 5, 27, 35, 16)
+    scale, shift = (_inputs(2, 3, 9, 12, 16, seed=s)[0] for s in (1, 2))
+    options = {"groups": 4, "scale": scale, "shift": shift}
+    exact, low = (pv.group_norm_silu(x.to(to), weight, bias, **options, impl="reference")
+                  for to in (torch.float64, torch.float32))  # fmt: skip
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(pv.group_norm_silu(x, weight, bias, **options))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+    assert_close(results[0], exact, low)
 
 
 @pytest.mark.parametrize(
