@@ -222,7 +222,7 @@ MIDDLE_GPU: Shapes = {
     "hunyuan-tile-512": {"grid": (5, 32, 32), "channels": 512, "style": "hunyuanvideo"},
 }
 MIDDLE_CPU: Shapes = {
-    "wan-128-384": {"grid": (4, 16, 16), "channels": 384},
+    "wan-256-384": {"grid": (1, 32, 32), "channels": 384},
     "hunyuan-64-512": {"grid": (3, 8, 8), "channels": 512, "style": "hunyuanvideo"},
 }
 # Their last layers: positions before patches are unfolded, and the channels that come in.

@@ -75,28 +75,33 @@ def vae_attention(
 
 
 def vae_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """``impl="sdpa"``: frames stand where torch has heads; causal, one call a frame over the keys so far, no mask."""
+    """``impl="sdpa"``: frames are a batch with one head; causal, one call a frame over the keys so far, no mask."""
     if q.numel() == 0:
         return q.new_empty(q.shape)
     if q.device.type == "cuda":
         _refuse_unfused(q, k, v)
+    # torch's CPU kernel takes a row, or a block of keys, whose scores are NaN for one that is masked.
+    hides_nan = q.device.type == "cpu" and not math.isfinite(float(q.sum()) + float(k.sum()))
     if not causal or q.shape[1] == 1:
-        return _attend(q, k, v, scale).contiguous()
+        # Where frames do not follow each other in memory they stand where torch has heads; its result is transposed.
+        folded = all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v))
+        if folded:
+            rows, keys, values = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
+            return _attend(rows, keys, values, scale, hides_nan).reshape(q.shape).contiguous()
+        return _attend(q, k, v, scale, hides_nan).contiguous()
     out = q.new_empty(q.shape)
     for t in range(q.shape[1]):
         # [B, 1, tokens, D]; a view where frames follow each other in memory.
         keys, values = (x[:, : t + 1].flatten(1, 2).unsqueeze(1) for x in (k, v))
-        out[:, t : t + 1] = _attend(q[:, t : t + 1], keys, values, scale)
+        out[:, t : t + 1] = _attend(q[:, t : t + 1], keys, values, scale, hides_nan)
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hides_nan: bool) -> Tensor:
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    if q.device.type == "cpu":
-        # torch's kernel takes a row whose scores are NaN for one that is masked, and answers with zeros.
+    if hides_nan:
         lost = q.isnan().any(-1, keepdim=True) | k.isnan().any(-1).any(-1)[..., None, None]
-        if lost.any():
-            out = out.masked_fill(lost, torch.nan)
+        out = out.masked_fill(lost, torch.nan)
     return out
 
 

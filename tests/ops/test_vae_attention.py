@@ -140,6 +140,29 @@ def test_nan_stays_where_it_is_seen(impl, poisoned):
         assert out[:, 1:].isnan().all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_of_nan_keys_is_not_taken_for_a_mask(causal):
+    """Of any number of keys at the end, whatever block torch's CPU kernel takes them in."""
+    q, k, v = (x.to(helpers.DEVICE) for x in _qkv(t=2, s=600, d=16))
+    for last in (1, 88, 600):
+        poisoned = k.clone()
+        poisoned[:, 0, -last:] = torch.nan
+        out = pv.vae_attention(q, poisoned, v, causal=causal, impl="sdpa")
+        assert out[:, 0].isnan().all() and bool(out[:, 1].isnan().all()) == causal
+        assert causal or out[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton"])
+def test_clips_apart_in_memory(impl):
+    """Neither frames and clips nor frames and tokens are one dimension."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 4, 5, 32, generator=g).to(helpers.DEVICE)[::2, :3] for _ in range(3))
+    for causal in (False, True):
+        exact = pv.vae_attention(*(x.double() for x in (q, k, v)), causal=causal, impl="reference")
+        low = pv.vae_attention(q, k, v, causal=causal, impl="reference")
+        assert_close(pv.vae_attention(q, k, v, causal=causal, impl=impl), exact, low)
+
+
 @pytest.mark.parametrize(
     ("name", "causal", "change"),
     [
