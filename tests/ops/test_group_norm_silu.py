@@ -319,3 +319,13 @@ def test_chunks_cover_the_pixels_in_whole_tiles():
     # A clip of a decoder's last level gives every multiprocessor work.
     config = select("sm_90", width=128, itemsize=2)
     assert math.ceil(17 * 256 * 256 / config.chunk(17 * 256 * 256, 1)) > 1000
+
+
+def test_configurations_that_no_kernel_takes():
+    for change in ({"rows": 3}, {"steps": 64}, {"programs": 0}, {"block_c": 1 << 17}, {"num_warps": 32}):
+        with pytest.raises(ValueOptionError, match="GroupNormConfig: "):
+            GroupNormConfig(**{"block_c": 16, "rows": 4, "steps": 2, "programs": 8, "num_warps": 4, **change})
+    narrow = GroupNormConfig(64, 4, 2, 8, 4)
+    assert "`block_c` must cover 128" in select.illegal(narrow, "sm_90", width=128, itemsize=2)
+    # Pixels of more than 1024 channels are split: a block covers what it can.
+    assert select.illegal(GroupNormConfig(1024, 2, 2, 8, 4), "sm_90", width=4096, itemsize=2) is None
