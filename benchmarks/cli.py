@@ -101,19 +101,22 @@ def vae(
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also time layer by layer.")] = True,
     float32: Annotated[bool, typer.Option("--float32/--no-float32", help="Hold frames to the float32 decoder.")] = True,
     seed: Annotated[int, typer.Option(help="Of weights and latents.")] = 0,
+    count: Annotated[
+        bool, typer.Option("--count", help="Only count kernels, bytes and FLOPs; decode nothing.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and markdown.")] = Path("runs/bench"),
 ) -> None:
     """A VAE's decoder alone, whole and layer by layer, against the stock one; what it computes and moves.
 
     Exit 1 if frames came out wrong, or eager or everything that was asked for could not run.
     """
-    from .vae import Request, command
+    from .vae import Request, asked_for, command
 
     request = Request(
         model=model, variants=tuple(ab or ("eager", "channels_last", "ours")), height=height, width=width,
         frames=frames, rounds=rounds, device=device, dtype=dtype, layers=layers, float32=float32, seed=seed,
     )  # fmt: skip
-    finish(lambda: command(request, output))
+    finish(lambda: typer.echo(asked_for(request)) if count else command(request, output))
 
 
 @app.command()

@@ -23,7 +23,8 @@ from pyvideo_kernels.sampler.video import check_folder, write_bytes
 
 from .. import models, results
 from ..timing import copy_bandwidth, gemm_rate
-from .session import VARIANTS, Session
+from . import tables
+from .session import VARIANTS, Session, counted
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -135,6 +136,21 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
     return result
 
 
+def asked_for(request: Request) -> str:
+    """A table of what the stock decoder and ours ask for: kernels, bytes, FLOPs. Nothing is decoded.
+
+    Raises:
+        UsageError, ModelError: an unknown model, or a size that it does not take.
+    """
+    request.check()
+    arch = models.architecture(request.model)
+    clip = arch.clip(request.height, request.width, request.frames)
+    _need_diffusers()
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(request.dtype, torch.bfloat16)
+    rows = [{"variant": name, "counts": counted(clip, dtype, ours=name == "ours")} for name in ("eager", "ours")]
+    return tables.counts(rows)
+
+
 def _need_diffusers() -> None:
     try:
         import diffusers  # noqa: F401
@@ -156,8 +172,6 @@ def command(request: Request, output: Path) -> None:
     """
     import typer
 
-    from .tables import console, markdown, stem
-
     request.check()
     check_folder(output, "output")
     partial: list[Path] = []
@@ -165,21 +179,21 @@ def command(request: Request, output: Path) -> None:
 
     def on_event(name: str, facts: dict[str, Any]) -> None:
         nonlocal phase
-        phase = console(name, facts)
+        phase = tables.console(name, facts)
         so_far = facts.get("result")
         if so_far and any("seconds" in row for row in so_far["rows"]):
-            partial[:] = [results.write(output / f"{stem(so_far)}.partial.json", so_far)]
+            partial[:] = [results.write(output / f"{tables.stem(so_far)}.partial.json", so_far)]
 
     try:
         result = run(request, on_event)
     except KeyboardInterrupt:
         raise Interrupted(phase, partial) from None
-    page = markdown(result)
-    paths = [results.write(output / f"{stem(result)}.json", result)]
-    paths.append(write_bytes(output / f"{stem(result)}.md", lambda path: _write(path, page)))
+    page = tables.markdown(result)
+    paths = [results.write(output / f"{tables.stem(result)}.json", result)]
+    paths.append(write_bytes(output / f"{tables.stem(result)}.md", lambda path: _write(path, page)))
     for path in partial:
         path.unlink(missing_ok=True)
-    console("done", {"page": page})
+    tables.console("done", {"page": page})
     for path in paths:
         typer.echo(path)
     errors = {row["variant"] for row in result["rows"] if "error" in row}

@@ -90,7 +90,7 @@ class Session:
             if layers and entry.vae is not None and "compile" not in name:
                 self._guarded(name, self.time_layers, on_entry, "layers")
             if entry.error is None and name in ("eager", "ours"):
-                entry.facts["counts"] = self.count(ours=name == "ours")
+                entry.facts["counts"] = counted(self.clip, self.dtype, ours=name == "ours", options=self.options)
 
     def _guarded(self, name: str, work: Callable[[str, Entry], None], on_entry: OnEntry, event: str) -> None:
         entry = self.entries[name]
@@ -193,12 +193,6 @@ class Session:
         self.clock.synchronize()
         entry.facts["layers"] = times.rows(self.clock.seconds(start, end))
 
-    def count(self, *, ours: bool) -> dict[str, Any]:
-        """Kernels, bytes and FLOPs of a decode."""
-        traffic = count(self.clip, self.dtype, ours=ours, options=self.options)
-        by_op = {op: {"kernels": k, "bytes": b, "flops": f} for op, (k, b, f) in traffic.by_op().items()}
-        return {"kernels": traffic.kernels, "bytes": traffic.bytes, "flops": traffic.flops, "ops": by_op}
-
     # Rows ---------------------------------------------------------------------------------------------------------
 
     def rows(self, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -250,3 +244,10 @@ def count(clip: Clip, dtype: torch.dtype, *, ours: bool, options: Mapping[str, A
     with torch.device("meta"), torch.no_grad(), Traffic() as traffic:
         vae.decode(latents, **given)
     return traffic
+
+
+def counted(clip: Clip, dtype: torch.dtype, *, ours: bool, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`count` as a row has it: sums, and by op."""
+    traffic = count(clip, dtype, ours=ours, options=options)
+    by_op = {op: {"kernels": k, "bytes": b, "flops": f} for op, (k, b, f) in traffic.by_op().items()}
+    return {"kernels": traffic.kernels, "bytes": traffic.bytes, "flops": traffic.flops, "ops": by_op}

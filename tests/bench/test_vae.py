@@ -82,6 +82,14 @@ def test_our_decoder_of_wan_makes_no_pass_that_can_be_folded():
     assert ours.kernels < 21 * 75
 
 
+def test_the_command_counts_without_decoding(tmp_path):
+    arguments = ["vae", "--count", "-o", str(tmp_path)]
+    arguments += [part for key, value in TINY.items() for part in (f"--{key}", str(value))]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "| ours |" in done.stdout and "copy speed" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 # Variants -------------------------------------------------------------------------------------------------------------
 
 
