@@ -391,7 +391,7 @@ def test_autocast_keeps_its_convolutions():
 
 @torch.no_grad()
 def test_compiles_into_one_graph():
-    vae, z = tiny(), latents(2, 2, 2)
+    vae, z = tiny(num_res_blocks=0, dim_mult=[1, 2], temperal_downsample=[True]), latents(2, 2, 2)
     caches = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     vae.decoder(z[:, :, :1], caches, [0], True)
     stock = vae.decoder(z[:, :, 1:], list(caches), [0], False)
