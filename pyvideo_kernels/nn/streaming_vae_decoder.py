@@ -34,10 +34,10 @@ class StreamingVaeDecoder:
             already with this ``impl``; ``restore(vae)`` undoes that.
         impl: of the ops; ``auto`` leaves an accelerated VAE as it is.
         tiling: None decodes whole frames, whatever the flags of the VAE. ``"auto"`` measures what they take, and
-            where that is more than there is, takes the tiles that fit with the fewest FLOPs. ``"vae"`` does as the
-            flags of the VAE say (``enable_tiling``); a `pyvideo_kernels.nn.TilePlan` decodes in those tiles. Where
-            memory runs out and nobody asked for tiles, the clip is decoded again in tiles, which is said aloud, and
-            goes on with the frame that it stopped at.
+            where that is more than there is, takes smaller steps, then the tiles that fit with the fewest FLOPs.
+            ``"vae"`` does as the flags of the VAE say (``enable_tiling``); a `pyvideo_kernels.nn.TilePlan` decodes in
+            those tiles. Where memory runs out and nobody asked for tiles, the clip is decoded again in smaller steps or
+            in tiles, which is said aloud, and goes on with the frame that it stopped at.
     Raises:
         ModelError: a model this package does not know.
         ValueOptionError: ``tiling`` is something else.
@@ -84,7 +84,7 @@ class StreamingVaeDecoder:
     ) -> Iterator[Tensor]:
         _fetch(self.vae)
 
-        def whole() -> Iterator[Tensor]:
+        def whole(chunk: int) -> Iterator[Tensor]:
             return _whole(stream, latents, chunk, dtype, given)
 
         tiling = resolve(self.tiling, stream, latents)
@@ -148,7 +148,7 @@ def decode_clip(
         where = _where(stream.vae, latents)
         out = latents.new_empty(shape, dtype=dtype or latents.dtype, device=where)
 
-    def whole() -> Iterator[Tensor]:
+    def whole(chunk: int) -> Iterator[Tensor]:
         return _whole(stream, latents, chunk, dtype, given, out)
 
     pieces = decoded(stream, latents, chunk, tiling, whole, dtype=dtype, given=given, out=out, say=say)

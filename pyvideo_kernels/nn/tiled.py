@@ -173,7 +173,7 @@ def decoded(
     latents: Tensor,
     chunk: int,
     tiling: Any,
-    whole: Callable[[], Iterator[Tensor]],
+    whole: Callable[[int], Iterator[Tensor]],
     *,
     dtype: torch.dtype | None = None,
     given: dict[str, Any] | None = None,
@@ -182,30 +182,32 @@ def decoded(
 ) -> Iterator[Tensor]:
     """The frames of a clip, piece by piece: whole while they fit, in tiles where they are asked for or do not.
 
-    Where memory runs out the clip is decoded again in tiles, from its first latent, since a step that was cut short
-    leaves caches of which some are of this step and some of the last. Frames that were delivered are not delivered
-    again; with ``out`` all of them are written again, so that the clip is of one kind.
+    Steps of several latents are cut to one before frames are cut: that costs no FLOPs, and the frames are the same.
+    Where memory runs out the clip is decoded again so, from its first latent, since a step that was cut short leaves
+    caches of which some are of this step and some of the last. Frames that were delivered are not delivered again;
+    with ``out`` all of them are written again, so that the clip is of one kind.
 
     Args:
         tiling: None, ``"auto"`` or a `TilePlan`; memory that runs out with a plan of the caller's is the caller's.
-        whole: a fresh decode of whole frames, into ``out`` if that is given.
+        whole: a fresh decode of whole frames in steps of so many latents, into ``out`` if that is given.
         say: told when tiles are taken because of memory.
     """
     given = given or {}
-    height, width = latents.shape[3:]
-    device = _device(stream, latents)
-    runs = stream.steps(latents.shape[2], chunk)
+    device, joined = _device(stream, latents), out is not None
     plan = tiling if isinstance(tiling, TilePlan) else None
-    if plan is not None and out is not None:
+    if plan is not None and joined:
         plan = replace(plan, streams=False)
     if tiling == "auto":
-        cost = measure(stream, latents, chunk, given)
-        plan = plan_tiles(stream, height, width, cost, free_memory(device), joined=out is not None)
-        if plan is not None:
-            say(f"{OP}: whole frames would not fit in memory: decoding in {plan.describe(stream)}")
+        wanted = chunk
+        plan, chunk = _fitting(stream, latents, chunk, given, joined)
+        if plan is not None or chunk < wanted:
+            say(f"{OP}: {_steps(wanted)} would not fit in memory: decoding {_way(stream, plan)}")
     delivered = 0
     while True:
-        source = whole() if plan is None else Tiled(stream, latents, runs, plan, dtype, given, out).frames()
+        if plan is None:
+            source = whole(chunk)
+        else:
+            source = Tiled(stream, latents, stream.steps(latents.shape[2], chunk), plan, dtype, given, out).frames()
         seen, failure = 0, None
         while True:
             try:
@@ -228,11 +230,28 @@ def decoded(
             return
         del source
         release(device)
-        plan = _smaller(stream, latents, chunk, given, plan, out is not None)
-        if plan is None:
-            raise failure
+        if plan is None and _cuttable(stream, latents, chunk):
+            plan, chunk = _fitting(stream, latents, 1, given, joined)
+        else:
+            plan, chunk = _smaller(stream, latents, given, plan, joined), 1
+            if plan is None:
+                raise failure
         after = f" after {delivered} frames" if delivered else ""
-        say(f"{OP}: not enough memory{after}: decoding again in {plan.describe(stream)}")
+        say(f"{OP}: not enough memory{after}: decoding again {_way(stream, plan)}")
+
+
+def _steps(chunk: int) -> str:
+    return "whole frames" if chunk == 1 else f"whole frames of {chunk} latents at once"
+
+
+def _way(stream: VaeStream, plan: TilePlan | None) -> str:
+    return "a latent at a time" if plan is None else f"in {plan.describe(stream)}"
+
+
+def _cuttable(stream: VaeStream, latents: Tensor, chunk: int) -> bool:
+    """Whether steps of one latent are other steps: some models leave no choice."""
+    count = latents.shape[2]
+    return chunk > 1 and stream.steps(count, 1) != stream.steps(count, chunk)
 
 
 def _device(stream: VaeStream, latents: Tensor) -> torch.device:
@@ -248,17 +267,30 @@ def _half(latents: Tensor, plan: TilePlan | None) -> int:
     return height * width // 2
 
 
+def _fitting(
+    stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any], joined: bool
+) -> tuple[TilePlan | None, int]:
+    """The cheapest way that fits in what is free now: whole frames, in smaller steps, then in tiles."""
+    size, free = latents.shape[3:], free_memory(_device(stream, latents))
+    plan = plan_tiles(stream, *size, _cost(stream, latents, chunk, given), free, joined=joined)
+    if plan is not None and _cuttable(stream, latents, chunk):
+        chunk = 1
+        plan = plan_tiles(stream, *size, _cost(stream, latents, chunk, given), free, joined=joined)
+    return plan, chunk
+
+
 def _smaller(
-    stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any], plan: TilePlan | None, joined: bool
+    stream: VaeStream, latents: Tensor, given: dict[str, Any], plan: TilePlan | None, joined: bool
 ) -> TilePlan | None:
     """The cheapest tiles that fit in what is free now, at most half of what failed; None if there are none."""
-    height, width = latents.shape[3:]
-    device = _device(stream, latents)
+    free, cost = free_memory(_device(stream, latents)), _cost(stream, latents, 1, given)
+    return plan_tiles(stream, *latents.shape[3:], cost, free, most=_half(latents, plan), joined=joined)
+
+
+def _cost(stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any]) -> Cost:
     try:
-        cost = measure(stream, latents, chunk, given)
+        return measure(stream, latents, chunk, given)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        cost = Cost(1, 1, 1, 1)  # not even that: the order of the tilings is all that is known
-    free, most = free_memory(device), _half(latents, plan)
-    return plan_tiles(stream, height, width, cost, free, most=most, joined=joined)
+        return Cost(1, 1, 1, 1)  # not even that: the order of the tilings is all that is known

@@ -189,6 +189,34 @@ def test_auto_takes_tiles_where_memory_demands_it(monkeypatch):
     assert len(said) == 1 and "whole frames would not fit" in said[0] and "pixels" in said[0]
 
 
+def test_smaller_steps_come_before_tiles(monkeypatch):
+    z = latents(frames=5, height=4, width=5)
+    decoder, said = StreamingVaeDecoder(tiny(), tiling="auto"), []
+    decoder.say = said.append
+    whole = [measure(decoder._stream, z, chunk, {}).of_whole(4, 5) for chunk in (1, 4)]
+    assert whole[1] > 1.2 * whole[0] / 0.9
+    monkeypatch.setattr(tiled, "free_memory", lambda device: 1.1 * whole[0] / 0.9)
+    assert [piece.shape[2] for piece in decoder.stream(z, chunk=4)] == [1, 2, 2, 2, 2]
+    assert said == [
+        "vae decode: whole frames of 4 latents at once would not fit in memory: decoding a latent at a time"
+    ]
+    # The same where it turns out on the way: the frames are the same too.
+    monkeypatch.undo()
+    decoder.tiling = None
+    expected = decoder.decode(z)
+    handle = decoder.vae.decoder.conv_out.register_forward_pre_hook(_no_more_than_two_frames)
+    pieces = list(decoder.stream(z, chunk=4))
+    handle.remove()
+    assert_equal_to_1e5(torch.cat(pieces, 2), expected)
+    assert [piece.shape[2] for piece in pieces] == [1, 2, 2, 2, 2]
+    assert said[1] == "vae decode: not enough memory after 1 frames: decoding again a latent at a time"
+
+
+def _no_more_than_two_frames(module, args):
+    if args[0].shape[2] > 4:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 # Memory that runs out -----------------------------------------------------------------------------------------------
 
 NO_MEMORY = (
