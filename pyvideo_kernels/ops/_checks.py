@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import bad_option, bad_shape, check_tensor
+from ..errors import DTypeError, bad_option, bad_shape, check_tensor, describe
 
 
 def check_modulation(op: str, x: Tensor, **tensors: Tensor | None) -> None:
@@ -28,6 +28,26 @@ def check_vector(op: str, length: int, **tensors: Tensor | None) -> None:
             check_tensor(op, name, tensor, ndim=1)
             if tensor.shape[0] != length:
                 bad_shape(op, name, f"[{length}]", tensor)
+
+
+def check_cache(op: str, x: Tensor, cache: Tensor | None, most: int, why: str = "") -> None:
+    """``[B, n, H, W, C]`` with n at most ``most``: frames of the size and dtype of ``x [B, T, H, W, C]``."""
+    if cache is None:
+        return
+    check_tensor(op, "cache", cache, ndim=5)
+    b, _, h, w, c = x.shape
+    n = cache.shape[1]
+    if cache.shape != (b, n, h, w, c) or n > most:
+        bad_shape(op, "cache", f"[{b}, n, {h}, {w}, {c}] with n <= {most}{why}", cache)
+    if cache.dtype != x.dtype:
+        raise DTypeError(f"{op}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
+
+
+def check_no_broadcast(op: str, **tensors: Tensor | None) -> None:
+    """Each given tensor is to be written: no two of its elements are one place in memory."""
+    for name, tensor in tensors.items():
+        if tensor is not None and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            bad_shape(op, name, "a tensor without broadcast dimensions, to be written", tensor)
 
 
 def check_patch(op: str, patch: Sequence[int], name: str = "patch", least: int = 1) -> list[int]:

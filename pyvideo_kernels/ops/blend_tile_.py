@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import DTypeError, bad_option, bad_shape, check_same_device, check_tensor, describe, refuse_grad
 from ..reference.blend_tile_ import finished, ramp
+from ._checks import check_no_broadcast
 
 
 def blend_tile_(
@@ -74,8 +75,9 @@ def blend_tile_(
         if strip.dtype != tile.dtype:
             raise DTypeError(f"{op}: `{name}` must be {tile.dtype} like `tile`; got {describe(strip)}")
     seams = [strip.shape[dim] for strip, dim in ((above, 3), (left, 4)) if strip is not None]
-    if grain < 1 or any(seam % grain for seam in seams):
-        bad_option(op, "grain", "at least 1 and a divisor of the widths of `above` and `left`", grain)
+    if isinstance(grain, bool) or not isinstance(grain, int) or grain < 1 or any(seam % grain for seam in seams):
+        bad_option(op, "grain", "an integer, at least 1 and a divisor of the widths of `above` and `left`", grain)
+    check_no_broadcast(op, out=out, below=below, right=right)
     tensors = {"tile": tile, "out": out} | {name: strip for name, (strip, _) in strips.items()}
     check_same_device(op, **tensors)
     refuse_grad(op, **tensors)

@@ -20,7 +20,7 @@ from ..errors import (
     refuse_grad,
 )
 from ..reference.causal_conv3d import EPILOGUES, PAD_MODES, output_shape, repeats_frames, shuffle_factor
-from ._checks import check_vector
+from ._checks import check_cache, check_vector
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -200,34 +200,11 @@ def causal_conv3d(
         arXiv:1609.05158 (pixel shuffle).
     """
     op = "causal_conv3d"
-    check_tensor(op, "x", x, ndim=5)
-    check_tensor(op, "weight", weight, ndim=5)
-    b, t, h, w, c = x.shape
-    out, _, kt, kh, kw = weight.shape
-    if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0 or kt < 1:
-        bad_shape(op, "weight", f"[O, {c}, kt, kh, kw] with odd kh and kw for `x` {list(x.shape)}", weight)
-    if weight.dtype != x.dtype:
-        raise DTypeError(f"{op}: `weight` must be {x.dtype} like `x`; got {describe(weight)}")
-    check_vector(op, out, bias=bias)
-    steps = [stride] * 3 if isinstance(stride, int) else list(stride)
+    check_convolution(op, x, weight, bias, cache, pad_mode, pad_end)
+    steps = [stride] * 3 if isinstance(stride, int) else list(stride) if isinstance(stride, Sequence) else []
     if len(steps) != 3 or not all(isinstance(step, int) and step >= 1 for step in steps):
         bad_option(op, "stride", "a positive integer or three of them (st, sh, sw)", stride)
-    if pad_mode not in PAD_MODES:
-        bad_option(op, "pad_mode", f"one of {', '.join(PAD_MODES)}", pad_mode)
-    if pad_mode == "reflect" and (h <= kh // 2 or w <= kw // 2):
-        bad_shape(op, "x", f"[B, T, H > {kh // 2}, W > {kw // 2}, C] to be mirrored", x)
-    if isinstance(pad_end, bool) or not isinstance(pad_end, int) or pad_end < 0:
-        bad_option(op, "pad_end", "a number of frames, 0 or more", pad_end)
-    if cache is not None:
-        check_tensor(op, "cache", cache, ndim=5)
-        n = cache.shape[1]
-        if cache.shape != (b, n, h, w, c) or n > kt - 1:
-            bad_shape(op, "cache", f"[{b}, n, {h}, {w}, {c}] with n <= {kt - 1} (kt - 1)", cache)
-        if cache.dtype != x.dtype:
-            raise DTypeError(f"{op}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
-    if pad_end and t + (0 if cache is None else cache.shape[1]) == 0:
-        bad_shape(op, "x", "at least one frame, or a cache of one, for `pad_end` to repeat", x)
-    factors = _check_epilogue(op, out, epilogue, factor, norm_weight, keep)
+    factors = _check_epilogue(op, weight.shape[0], epilogue, factor, norm_weight, keep)
     if residual is not None:
         check_tensor(op, "residual", residual, ndim=5)
         expected = output_shape(x, weight, steps, pad_end, epilogue, factors)
@@ -240,6 +217,38 @@ def causal_conv3d(
         x, weight, bias, cache, steps, pad_mode, pad_end, residual, epilogue, factors, norm_weight, norm_eps, keep, impl
     )
     return (y, z) if epilogue == "rms_norm_silu" else y
+
+
+def check_convolution(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor | None,
+    pad_mode: str,
+    pad_end: int,
+) -> None:
+    """What a causal convolution asks of its operands: shapes, dtypes, and frames to pad with."""
+    check_tensor(op, "x", x, ndim=5)
+    check_tensor(op, "weight", weight, ndim=5)
+    _, t, h, w, c = x.shape
+    out, _, kt, kh, kw = weight.shape
+    if c < 1:
+        bad_shape(op, "x", "[B, T, H, W, C] with C >= 1", x)
+    if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0 or kt < 1:
+        bad_shape(op, "weight", f"[O, {c}, kt, kh, kw] with odd kh and kw for `x` {list(x.shape)}", weight)
+    if weight.dtype != x.dtype:
+        raise DTypeError(f"{op}: `weight` must be {x.dtype} like `x`; got {describe(weight)}")
+    check_vector(op, out, bias=bias)
+    if pad_mode not in PAD_MODES:
+        bad_option(op, "pad_mode", f"one of {', '.join(PAD_MODES)}", pad_mode)
+    if pad_mode == "reflect" and (h <= kh // 2 or w <= kw // 2):
+        bad_shape(op, "x", f"[B, T, H > {kh // 2}, W > {kw // 2}, C] to be mirrored", x)
+    if isinstance(pad_end, bool) or not isinstance(pad_end, (int, torch.SymInt)) or pad_end < 0:
+        bad_option(op, "pad_end", "a number of frames, 0 or more", pad_end)
+    check_cache(op, x, cache, kt - 1, " (kt - 1)")
+    if pad_end and t + (0 if cache is None else cache.shape[1]) == 0:
+        bad_shape(op, "x", "at least one frame, or a cache of one, for `pad_end` to repeat", x)
 
 
 def _check_epilogue(

@@ -22,11 +22,10 @@ from ..errors import (
 )
 from ..reference.causal_conv3d import spatial_mode, with_border, with_past
 from ..reference.decode_head import finish, output_shape
-from ._checks import check_patch, check_vector
-from .causal_conv3d import next_cache
+from ._checks import check_no_broadcast, check_patch, check_vector
+from .causal_conv3d import check_convolution, next_cache
 
 _OP = "decode_head"
-_PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
 _NORMS = (None, "rms", "pixel")
 _EPS = {None: 0.0, "rms": 1e-12, "pixel": 1e-8}
 
@@ -93,31 +92,10 @@ def decode_head(
     Source: Wan Team, "Wan: Open and Advanced Large-Scale Video Generative Models", arXiv:2503.20314, sec. 4.1;
         HaCohen et al., "LTX-Video", arXiv:2501.00103, sec. 2.1 (the last patches decoded by the head).
     """
-    check_tensor(_OP, "x", x, ndim=5)
-    check_tensor(_OP, "weight", weight, ndim=5)
-    b, _, h, w, c = x.shape
-    o, _, kt, kh, kw = weight.shape
-    if weight.shape[1] != c or kh % 2 == 0 or kw % 2 == 0:
-        bad_shape(_OP, "weight", f"[O, {c}, kt, kh, kw] with odd kh and kw for `x` {list(x.shape)}", weight)
-    if weight.dtype != x.dtype:
-        raise DTypeError(f"{_OP}: `weight` must be {x.dtype} like `x`; got {describe(weight)}")
-    check_vector(_OP, o, bias=bias)
+    check_convolution(_OP, x, weight, bias, cache, pad_mode, pad_end)
     sizes = check_patch(_OP, patch)
-    if o % (sizes[0] * sizes[1] * sizes[2]):
+    if weight.shape[0] % (sizes[0] * sizes[1] * sizes[2]):
         bad_shape(_OP, "weight", f"[O, ...] with O a multiple of the patch {tuple(sizes)}", weight)
-    if pad_mode not in _PAD_MODES:
-        bad_option(_OP, "pad_mode", f"one of {', '.join(_PAD_MODES)}", pad_mode)
-    if pad_mode == "reflect" and (h <= kh // 2 or w <= kw // 2):
-        bad_shape(_OP, "x", f"more than {kh // 2} x {kw // 2} pixels to be mirrored", x)
-    if isinstance(pad_end, bool) or not isinstance(pad_end, (int, torch.SymInt)) or pad_end < 0:
-        bad_option(_OP, "pad_end", "a number of frames", pad_end)
-    if cache is not None:
-        check_tensor(_OP, "cache", cache, ndim=5)
-        n = cache.shape[1]
-        if cache.shape != (b, n, h, w, c) or n > kt - 1:
-            bad_shape(_OP, "cache", f"[{b}, n, {h}, {w}, {c}] with n <= {kt - 1} (kt - 1)", cache)
-        if cache.dtype != x.dtype:
-            raise DTypeError(f"{_OP}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
     _check_norm(x, norm, norm_weight, eps, scale, shift)
     shape = output_shape(x, weight, pad_end, sizes)
     dtype = _check_out(x, shape, out, dtype)
@@ -129,7 +107,7 @@ def decode_head(
     z = _normalised(x, norm, norm_weight, _EPS[norm] if eps is None else eps, scale, shift, impl)
     frames = x.new_empty(shape, dtype=dtype) if out is None else out
     torch.ops.pyvideo.decode_head_(frames, z, weight, bias, cache, pad_mode, pad_end, sizes, clamp, impl)
-    return (frames, next_cache(z, cache, kt - 1)) if return_cache else frames
+    return (frames, next_cache(z, cache, weight.shape[2] - 1)) if return_cache else frames
 
 
 def decode_head_(
@@ -204,8 +182,7 @@ def _check_out(x: Tensor, shape: tuple[int, ...], out: Tensor | None, dtype: tor
             raise DTypeError(f"{_OP}: `out` must be {dtype} like `dtype`; got {describe(out)}")
         if out.shape != shape:
             bad_shape(_OP, "out", str(list(shape)), out)
-        if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-            bad_shape(_OP, "out", "a tensor without broadcast dimensions, to be written", out)
+        check_no_broadcast(_OP, out=out)
     if wanted not in (x.dtype, torch.uint8):
         name = "dtype" if out is None else "out"
         raise DTypeError(f"{_OP}: `{name}` must be torch.uint8, or {x.dtype} like `x`; got {wanted}")

@@ -18,10 +18,9 @@ from ..errors import (
     describe,
     refuse_grad,
 )
+from ..reference.causal_conv3d import PAD_MODES
 from ..reference.upsample_conv2d import output_shape, past_frames
-from ._checks import check_vector
-
-PAD_MODES = ("zeros", "replicate", "reflect", "first_frame")
+from ._checks import check_cache, check_vector
 
 
 def packed_shape(weight: Tensor, time_factor: int) -> tuple[int, ...]:
@@ -154,14 +153,15 @@ def upsample_conv2d(
     op = "upsample_conv2d"
     check_tensor(op, "x", x, ndim=5)
     check_tensor(op, "weight", weight, ndim=(4, 5))
-    b, _, h, w, c = x.shape
+    frames, c = x.shape[1], x.shape[4]
     o, kt = weight.shape[0], weight.shape[2] if weight.dim() == 5 else 1
-    if weight.shape[1] != c or tuple(weight.shape[-2:]) != (3, 3) or kt not in (1, 3):
-        bad_shape(op, "weight", f"[O, {c}, 3, 3] or [O, {c}, kt, 3, 3], kt 1 or 3, for `x` {list(x.shape)}", weight)
+    if min(o, c) < 1 or weight.shape[1] != c or tuple(weight.shape[-2:]) != (3, 3) or kt not in (1, 3):
+        expected = f"[O, {c}, 3, 3] or [O, {c}, kt, 3, 3], kt 1 or 3, O and C >= 1, for `x` {list(x.shape)}"
+        bad_shape(op, "weight", expected, weight)
     if weight.dtype != x.dtype:
         raise DTypeError(f"{op}: `weight` must be {x.dtype} like `x`; got {describe(weight)}")
     check_vector(op, o, bias=bias)
-    if isinstance(time_factor, bool) or time_factor not in (1, 2):
+    if isinstance(time_factor, (bool, float)) or time_factor not in (1, 2):
         bad_option(op, "time_factor", "1 or 2", time_factor)
     if pad_mode not in PAD_MODES:
         bad_option(op, "pad_mode", f"one of {', '.join(PAD_MODES)}", pad_mode)
@@ -170,22 +170,20 @@ def upsample_conv2d(
         bad_option(op, "pad_mode", "'first_frame', 'replicate' or 'reflect' for time_factor 2 with kt 3", pad_mode)
     if first is None:
         first = cache is None
+    elif not isinstance(first, bool):
+        bad_option(op, "first", "True, False or None", first)
+    if time_factor == 2 and first and frames == 0:
+        bad_shape(op, "x", "[B, T >= 1, H, W, C] where a clip begins, whose first frame is not doubled", x)
     if packed is not None:
         check_tensor(op, "packed", packed, ndim=(4, 5))
-        expected = packed_shape(weight, time_factor)
-        if packed.shape != expected or not packed.is_contiguous():
-            bad_shape(op, "packed", f"{list(expected)}, contiguous (see pack_upsample_weight)", packed)
+        wanted = packed_shape(weight, time_factor)
+        if packed.shape != wanted or not packed.is_contiguous():
+            bad_shape(op, "packed", f"{list(wanted)}, contiguous (see pack_upsample_weight)", packed)
         if packed.dtype != x.dtype:
             raise DTypeError(f"{op}: `packed` must be {x.dtype} like `x`; got {describe(packed)}")
-    if cache is not None:
-        check_tensor(op, "cache", cache, ndim=5)
-        n, most = cache.shape[1], past_frames(weight, time_factor)
-        if cache.shape != (b, n, h, w, c) or n > most:
-            bad_shape(op, "cache", f"[{b}, n, {h}, {w}, {c}] with n <= {most}", cache)
-        if cache.dtype != x.dtype:
-            raise DTypeError(f"{op}: `cache` must be {x.dtype} like `x`; got {describe(cache)}")
-        if n and first and time_factor == 2:
-            bad_option(op, "first", "False where a `cache` holds frames before `x`", first)
+    check_cache(op, x, cache, past_frames(weight, time_factor))
+    if cache is not None and cache.shape[1] and first and time_factor == 2:
+        bad_option(op, "first", "False where a `cache` holds frames before `x`", first)
     if residual is not None:
         check_tensor(op, "residual", residual, ndim=5)
         shape = output_shape(x, weight, time_factor, first)

@@ -261,6 +261,8 @@ _X, _W = torch.zeros(1, 2, 3, 4, 8), torch.zeros(5, 8, 3, 3, 3)
         ({"residual": torch.zeros(1, 2, 3, 4, 8)}, ShapeError, r"`residual` must be \[1, 2, 3, 4, 5\]"),
         ({"stride": (1, 1)}, ValueOptionError, "`stride` must be a positive integer or three"),
         ({"stride": 0}, ValueOptionError, "`stride` must be"),
+        ({"stride": None}, ValueOptionError, "`stride` must be"),
+        ({"x": _X[..., :0], "weight": _W[:, :0]}, ShapeError, "with C >= 1"),
         ({"pad_mode": "circular"}, ValueOptionError, "`pad_mode` must be one of"),
         ({"x": _X.clone().requires_grad_()}, UnsupportedError, "`x` requires grad"),
         ({"weight": _W.clone().requires_grad_()}, UnsupportedError, "`weight` requires grad"),
