@@ -128,6 +128,20 @@ def test_frames_more_than_two_to_the_31_elements_apart(tmp_path, monkeypatch, us
     assert torch.equal(pv.causal_conv3d(**{**a, far: view}, impl="triton"), expected)
 
 
+@pytest.mark.parametrize("pad_mode", ["zeros", "replicate", "reflect"])
+def test_rows_whose_frame_is_more_than_two_to_the_31_elements(tmp_path, pad_mode):
+    if helpers.GPU:
+        pytest.skip("a GPU has no sparse memory; the interpreter checks the addresses")
+    x = torch.randn(1, 1, 20, 2, 16, generator=torch.Generator().manual_seed(0)).half()
+    weight = torch.randn(16, 16, 1, 3, 1, generator=torch.Generator().manual_seed(1)).half() * 0.1
+    stride = 2**27  # a tile of four rows is within reach, the frame is not
+    storage = np.memmap(tmp_path / "rows", np.float16, "w+", shape=(19 * stride + 32,))
+    far = torch.from_numpy(storage).as_strided(x.shape, (20 * stride, 20 * stride, stride, 16, 1))
+    far.copy_(x)
+    expected = pv.causal_conv3d(x, weight, pad_mode=pad_mode, impl="triton")
+    assert torch.equal(pv.causal_conv3d(far, weight, pad_mode=pad_mode, impl="triton"), expected)
+
+
 def _call(x, weight, **options):
     given = {"residual": None, "epilogue": None, "factor": (1, 1, 1), "pad_mode": "zeros", **options}
     return kernels.causal_conv3d(

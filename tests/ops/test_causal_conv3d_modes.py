@@ -8,6 +8,8 @@ from pyvideo_kernels.configs import causal_conv3d as configs
 from pyvideo_kernels.errors import DTypeError, ShapeError, ValueOptionError
 from pyvideo_kernels.ops import causal_conv3d_library as library
 from pyvideo_kernels.ops.causal_conv3d import next_cache, pack_weight
+from pyvideo_kernels.reference import causal_conv3d as oracle
+from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import Mismatch, assert_close
 
 from . import helpers
@@ -22,12 +24,29 @@ def no_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def same_weights():
+    """Stock modules draw theirs from the global generator."""
+    torch.manual_seed(0)
+
+
 def _randn(*shape, dtype=torch.float32, seed=0, scale=1.0):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def _on(value, to):
     return {k: v.to(to) if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+
+
+_DEFAULTS = {
+    "bias": None, "cache": None, "stride": [1, 1, 1], "pad_mode": "zeros", "pad_end": 0, "residual": None,
+    "epilogue": None, "factor": [1, 1, 1], "norm_weight": None, "norm_eps": 1e-12, "keep": True,
+}  # fmt: skip
+
+
+def _sums(arguments):
+    """By output, what `assert_close` grants the order of its sums: a yardstick of few results may be lucky."""
+    return oracle.summed(*OPS["causal_conv3d"].bind(**_DEFAULTS | _on(arguments, torch.float64)))
 
 
 def _judge(module, arguments, after=lambda y: y, impls=IMPLS):
@@ -39,12 +58,12 @@ def _judge(module, arguments, after=lambda y: y, impls=IMPLS):
         out = after(module.to(to)(arguments["x"].to(to).permute(0, 4, 1, 2, 3)))
         return [y.permute(0, 2, 3, 4, 1) for y in (out if isinstance(out, tuple) else (out,))]
 
-    exact, own = stock(torch.float64), stock(dtype)
+    exact, own, sums = stock(torch.float64), stock(dtype), _sums(arguments)
     for impl in impls:
         out = pv.causal_conv3d(**_on(arguments, helpers.DEVICE), impl=impl)
         for position, y in enumerate(out if isinstance(out, tuple) else (out,)):
             assert y.is_contiguous()
-            assert_close(y.cpu(), exact[position], own[position], f"{impl} output {position}")
+            assert_close(y.cpu(), exact[position], own[position], f"{impl} output {position}", sums[position])
 
 
 def _conv_arguments(conv, x, **options):
@@ -76,8 +95,9 @@ def test_first_frame_and_reflect_are_ltx_videos(padding, causal):
         future = arguments | {"x": x[:, 1:], "cache": x[:, :1], "pad_end": 1}
         exact = module.double()(x.double().permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1).detach()
         own = module.float()(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1).detach()
+        sums = _sums(future)[0]
         for impl in IMPLS:
-            assert_close(pv.causal_conv3d(**_on(future, helpers.DEVICE), impl=impl).cpu(), exact, own, impl)
+            assert_close(pv.causal_conv3d(**_on(future, helpers.DEVICE), impl=impl).cpu(), exact, own, impl, sums)
 
 
 def test_first_frame_with_a_cache_is_cog_videos():
@@ -95,20 +115,6 @@ def test_first_frame_with_a_cache_is_cog_videos():
             got = pv.causal_conv3d(**call, impl=impl)
             torch.testing.assert_close(got.cpu(), expected.permute(0, 2, 3, 4, 1), rtol=1e-5, atol=1e-5)
             past = next_cache(part, past, 2)
-
-
-@pytest.mark.parametrize("impl", ["auto", "triton"])
-@pytest.mark.parametrize("mode", ["zeros", *REPEATING])
-def test_chunks_with_their_next_cache_equal_the_whole_clip(mode, impl):
-    x, weight = _randn(1, 5, 2, 3, 16).to(helpers.DEVICE), _randn(16, 16, 3, 1, 1, scale=0.15).to(helpers.DEVICE)
-    whole = pv.causal_conv3d(x, weight, pad_mode=mode, pad_end=1, impl=impl)
-    parts, cache, start = [], None, 0
-    for frames in (1, 1, 3, 0):
-        part, last = x[:, start : start + frames], start + frames == 5 and frames == 0
-        if frames or last:
-            parts.append(pv.causal_conv3d(part, weight, cache=cache, pad_mode=mode, pad_end=int(last), impl=impl))
-        cache, start = next_cache(part, cache, 2), start + frames
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["replicate", "reflect"])
@@ -214,7 +220,7 @@ def test_pixel_shuffle_is_ltx_videos():
     for impl in IMPLS:
         out = pv.causal_conv3d(**_on(arguments, helpers.DEVICE), impl=impl)
         assert out.shape == (1, 4, 4, 6, 4)
-        assert_close(out[:, 1:].cpu(), exact, own, impl)
+        assert_close(out[:, 1:].cpu(), exact, own, impl, _sums(arguments)[0][:, 1:])
 
 
 @pytest.mark.parametrize("out", [20, 48])
@@ -340,34 +346,6 @@ def test_frames_past_the_end_are_the_last_one_repeated():
             torch.testing.assert_close(out, longer, rtol=1e-5, atol=1e-4)
     strided = pv.causal_conv3d(x, weight, stride=(2, 1, 1), pad_end=1)
     assert strided.shape[1] == 2 and pv.causal_conv3d(x, weight, stride=(2, 1, 1)).shape[1] == 1
-
-
-# next_cache -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("new", "held", "shared"),
-    [(1, None, "x"), (2, None, "x"), (4, None, "x"), (5, None, None), (3, 2, "x"), (1, 2, None), (1, 1, None),
-     (0, 2, "cache"), (0, 1, "cache")],
-)  # fmt: skip
-def test_next_cache_is_a_view_where_little_is_kept_alive(new, held, shared):
-    x, cache = _randn(1, new, 2, 3, 4), None if held is None else _randn(1, held, 2, 3, 4, seed=1)
-    got = next_cache(x, cache, 2)
-    both = x if cache is None else torch.cat([cache, x], 1)
-    assert torch.equal(got, both[:, -2:])
-    storages = {
-        "x": x.untyped_storage().data_ptr(),
-        "cache": None if cache is None else cache.untyped_storage().data_ptr(),
-    }
-    own = got.untyped_storage()
-    assert own.data_ptr() == storages[shared] if shared else own.data_ptr() not in storages.values()
-    assert own.nbytes() <= 2 * 2 * 2 * 3 * 4 * 4
-
-
-def test_next_cache_of_nothing():
-    x = _randn(1, 2, 2, 3, 4)
-    assert next_cache(x, None, 0) is None and next_cache(x[:, :0], None, 2) is None
-    assert torch.equal(next_cache(x[:, :1], x[:, :0], 2), x[:, :1])
 
 
 # Contract -------------------------------------------------------------------------------------------------------------
