@@ -233,7 +233,8 @@ def explain(
         if impl == "sdpa":
             from .ops import attention_libraries
 
-            rows.append((impl, True, attention_libraries.describe_sdpa(device, dtype)))
+            # The one head of a VAE is wider than any that a transformer has.
+            rows.append((impl, True, attention_libraries.describe_sdpa(device, dtype, head_dim or 384)))
         elif library:
             usable, why = _standing(op, impl, device, dtype)
             rows.append((impl, usable, f"{library}, {why}"))
