@@ -261,30 +261,30 @@ def _device(stream: VaeStream, latents: Tensor) -> torch.device:
     return execution_device(stream.vae) or latents.device
 
 
-def _half(latents: Tensor, plan: TilePlan | None) -> int:
-    """Latents of the largest tile that is worth trying after whole frames, or these tiles, have failed."""
-    height, width = latents.shape[3:] if plan is None else plan.tile
-    return height * width // 2
-
-
 def _fitting(
     stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any], joined: bool
 ) -> tuple[TilePlan | None, int]:
     """The cheapest way that fits in what is free now: whole frames, in smaller steps, then in tiles."""
-    size, free = latents.shape[3:], free_memory(_device(stream, latents))
-    plan = plan_tiles(stream, *size, _cost(stream, latents, chunk, given), free, joined=joined)
+    height, width = latents.shape[3:]
+    free = free_memory(_device(stream, latents))
+    plan = plan_tiles(stream, height, width, _cost(stream, latents, chunk, given), free, joined=joined)
     if plan is not None and _cuttable(stream, latents, chunk):
         chunk = 1
-        plan = plan_tiles(stream, *size, _cost(stream, latents, chunk, given), free, joined=joined)
+        plan = plan_tiles(stream, height, width, _cost(stream, latents, chunk, given), free, joined=joined)
     return plan, chunk
 
 
 def _smaller(
     stream: VaeStream, latents: Tensor, given: dict[str, Any], plan: TilePlan | None, joined: bool
 ) -> TilePlan | None:
-    """The cheapest tiles that fit in what is free now, at most half of what failed; None if there are none."""
+    """The cheapest tiles that fit in what is free now, of at most half of what failed; None if there are none smaller."""
+    height, width = latents.shape[3:]
     free, cost = free_memory(_device(stream, latents)), _cost(stream, latents, 1, given)
-    return plan_tiles(stream, *latents.shape[3:], cost, free, most=_half(latents, plan), joined=joined)
+    rows, columns = (height, width) if plan is None else plan.tile
+    found = None
+    for most in (rows * columns // 2, rows * columns - 1):
+        found = found or plan_tiles(stream, height, width, cost, free, most=most, joined=joined)
+    return found
 
 
 def _cost(stream: VaeStream, latents: Tensor, chunk: int, given: dict[str, Any]) -> Cost:

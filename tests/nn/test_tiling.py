@@ -56,7 +56,7 @@ def test_flags_of_the_vae():
 @pytest.mark.parametrize(("size", "stride"), [(16, 12), (20, 18), (8, 12)])
 def test_the_flags_give_what_diffusers_gives(kind, size, stride):
     """3×3 tiles and more with slivers at the edges, through ``vae.decode`` and as a stream, in either order."""
-    vae, z = tiny(kind), latents(frames=3, height=7, width=8)
+    vae, z = tiny(kind), latents(frames=3, height=7, width=7 if kind == "2.1" else 4)
     scale = 2 if kind == "2.2" else 1
     cut(vae, size * scale, stride * scale)
     # Some of the frames must need the clamp, which comes after the blending.
@@ -77,7 +77,7 @@ def test_the_flags_give_what_diffusers_gives(kind, size, stride):
     decoder = StreamingVaeDecoder(vae, tiling=plan)
     assert decoder.decode(z, out=out) is out
     assert_equal_to_1e5(out, expected)
-    if kind == "2.1":
+    if kind == "2.2":
         decoder.tiling = either
         bytes_ = decoder.decode(z, dtype=torch.uint8)
         assert (bytes_.float() - (expected / 2 + 0.5) * 255).abs().max() < 0.502
@@ -279,19 +279,19 @@ def test_a_whole_clip_is_then_of_one_kind():
 
 
 def test_tiles_shrink_until_they_fit_and_then_the_error_is_the_callers():
-    vae, z = tiny(), latents(frames=1, height=6, width=8)
+    vae, z = tiny(), latents(frames=1, height=4, width=8)
     decoder, said = StreamingVaeDecoder(vae), []
     decoder.say = said.append
-    scarce = Scarce(vae, most=12)
-    assert decoder.decode(z).shape == (1, 3, 1, 24, 32)
-    assert 1 < len(said) <= 3 and max(scarce.sizes[-6:]) <= 12
+    scarce = Scarce(vae, most=9)
+    assert decoder.decode(z).shape == (1, 3, 1, 16, 32)
+    assert 1 < len(said) <= 3 and max(scarce.sizes[-6:]) <= 9
     scarce.most = -1
     with pytest.raises(torch.OutOfMemoryError, match=r"20.00 GiB"):
         decoder.decode(z)
     # Tiles of the caller's own, and other failures, are the caller's at once.
-    scarce.most, scarce.sizes = 20, []
+    scarce.most, scarce.sizes = 16, []
     with pytest.raises(torch.OutOfMemoryError):
-        StreamingVaeDecoder(vae, tiling=TilePlan((6, 5), (6, 4))).decode(z)
+        StreamingVaeDecoder(vae, tiling=TilePlan((4, 5), (4, 4))).decode(z)
     scarce.error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
         decoder.decode(z)
