@@ -277,7 +277,7 @@ def _fitting(
 def _smaller(
     stream: VaeStream, latents: Tensor, given: dict[str, Any], plan: TilePlan | None, joined: bool
 ) -> TilePlan | None:
-    """The cheapest tiles that fit in what is free now, of at most half of what failed; None if there are none smaller."""
+    """The cheapest tiles that fit in what is free now, half of what failed or less; None if there are none smaller."""
     height, width = latents.shape[3:]
     free, cost = free_memory(_device(stream, latents)), _cost(stream, latents, 1, given)
     rows, columns = (height, width) if plan is None else plan.tile
