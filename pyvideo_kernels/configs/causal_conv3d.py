@@ -62,6 +62,11 @@ def select(arch: str, *, c: int, o: int, itemsize: int, aligned: bool, norm: boo
     ``o``: channels of the result; ``aligned``: descriptors can address the views; ``norm``: the channels of a pixel are
     wanted in one program, which 16-bit results of up to `MAX_NORM_CHANNELS` fit.
     """
+    return rule(arch, c=c, o=o, itemsize=itemsize, aligned=aligned)
+
+
+def rule(arch: str, *, c: int, o: int, itemsize: int, aligned: bool) -> ConvConfig:
+    """The rule itself, of every convolution whose programs have a box of pixels and a group of channels."""
     n, n2 = split_channels(o)
     # The widest step that divides the channels: 96 in three of 32, 192 and 384 in steps of 64.
     block_k = 64 if c % 64 == 0 else 32 if c > 16 else 16
@@ -94,6 +99,11 @@ def illegal(
 ) -> str | None:
     if norm and itemsize == 2 and config.block_n + config.block_n2 < o:
         return f"{config.block_n} + {config.block_n2} channels do not hold the norm of {o}"
+    return bad_descriptors(config, aligned)
+
+
+def bad_descriptors(config: ConvConfig, aligned: bool) -> str | None:
+    """Why descriptors cannot move the boxes; None where they can, or need not."""
     if config.descriptors and not aligned:
         return "descriptors cannot address these views"
     if config.descriptors and max(config.block_h, config.block_w, config.block_k, config.block_n) > 256:
@@ -105,6 +115,11 @@ def illegal(
 def candidates(
     arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, aligned: bool, norm: bool = False
 ) -> Iterator[ConvConfig]:
+    return nearby(arch, rule, c=c, o=o, itemsize=itemsize, aligned=aligned)
+
+
+def nearby(arch: str, rule: ConvConfig, *, c: int, o: int, itemsize: int, aligned: bool) -> Iterator[ConvConfig]:
+    """Other boxes, splits of the channels, steps, warps and stages, by either way of moving boxes."""
     splits = {(rule.block_n, rule.block_n2), *((n, 0) for n in (32, 64, 128, 256) if n < 2 * o)}
     for n, n2 in sorted(splits):
         for config in combinations(

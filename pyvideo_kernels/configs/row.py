@@ -41,6 +41,22 @@ def select(arch: str, *, op: str, width: int, itemsize: int) -> RowConfig:
     return RowConfig(max(block_d, 16), rows, 1 << (num_warps.bit_length() - 1))
 
 
+def pixels(arch: str, *, op: str, width: int, least: int) -> RowConfig:
+    """The rule of kernels over pixels, whose channels are few: a program takes as many as fill its threads.
+
+    16 elements a thread for 4 warps keep two 16-byte loads of bf16 a thread in flight. ``least``: columns of a tile.
+    """
+    if width > MAX_WIDTH:
+        raise UnsupportedError(f"{op}: rows of {width} exceed {MAX_WIDTH}; use impl='reference'")
+    block_d = max(least, 1 << max(width - 1, 0).bit_length())
+    if arch == "cpu":
+        return RowConfig(block_d, min(8, 4 * MAX_WIDTH // block_d), 4)
+    rows = max(1, 2048 // block_d)
+    threads_per_warp = 64 if arch.startswith("gfx") else 32
+    num_warps = max(1, min(16, block_d * rows // (threads_per_warp * 16)))
+    return RowConfig(block_d, rows, 1 << (num_warps.bit_length() - 1))
+
+
 @select.legality
 def illegal(config: RowConfig, arch: str, *, op: str = "", width: int, itemsize: int) -> str | None:
     return None if config.block_d >= width else f"`block_d` must cover the row of {width}"

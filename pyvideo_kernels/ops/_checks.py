@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import DTypeError, bad_option, bad_shape, check_tensor, describe
+from ..errors import DTypeError, UnsupportedError, bad_option, bad_shape, check_tensor, describe
 
 
 def check_modulation(op: str, x: Tensor, **tensors: Tensor | None) -> None:
@@ -56,6 +56,13 @@ def check_patch(op: str, patch: Sequence[int], name: str = "patch", least: int =
     if len(sizes) != 3 or any(isinstance(n, (float, str)) or n < least for n in sizes):
         bad_shape(op, name, f"three sizes (T, H, W) of at least {least}", patch)
     return sizes
+
+
+def require_onednn(op: str, x: Tensor) -> None:
+    """``impl="cpu"`` of a convolution: raise unless oneDNN has one of this dtype here."""
+    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
+        raise UnsupportedError(f"{op}: oneDNN does not take {x.dtype} here; use impl='reference'")
 
 
 def check_triple(op: str, name: str, value: Sequence[int], minimum: int) -> list[int]:

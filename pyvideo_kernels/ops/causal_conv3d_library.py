@@ -16,6 +16,7 @@ from ..errors import UnsupportedError
 from ..reference import rms_norm_silu as norm_oracle
 from ..reference.causal_conv3d import output_shape, shuffle_factor, spatial_mode, unfold_channels
 from ..reference.causal_conv3d import with_past as joined
+from ._checks import require_onednn
 from .causal_conv3d import fold_time
 
 
@@ -107,9 +108,7 @@ def causal_conv3d_cpu(
     torch.nn.functional.conv3d sends small fp32 clips to an im2col loop that is several times slower than oneDNN, and
     adds a residual after rounding; both are avoided by calling oneDNN's entry point.
     """
-    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
-        raise UnsupportedError(f"causal_conv3d: oneDNN does not take {x.dtype} here; use impl='reference'")
+    require_onednn("causal_conv3d", x)
     shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
     if 0 in shape:
         return _nothing(x, shape, epilogue, keep)

@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import schemas as schemas  # registers torch.ops.pyvideo
 from ..errors import (
     DTypeError,
-    UnsupportedError,
     ValueOptionError,
     bad_option,
     bad_shape,
@@ -22,7 +21,7 @@ from ..errors import (
 )
 from ..reference.causal_conv3d import spatial_mode, with_border, with_past
 from ..reference.decode_head import finish, output_shape
-from ._checks import check_no_broadcast, check_patch, check_vector
+from ._checks import check_no_broadcast, check_patch, check_vector, require_onednn
 from .causal_conv3d import check_convolution, next_cache
 
 _OP = "decode_head"
@@ -223,9 +222,7 @@ def decode_head_cpu(
     clamp: bool,
 ) -> None:
     """``impl="cpu"``: oneDNN's convolution on channels-last frames, then one pass that unfolds and clamps."""
-    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
-        raise UnsupportedError(f"{_OP}: oneDNN does not take {x.dtype} here; use impl='reference'")
+    require_onednn(_OP, x)
     if out.numel() == 0:
         return
     _, _, kt, kh, kw = weight.shape

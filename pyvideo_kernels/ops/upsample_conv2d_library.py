@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..reference.upsample_conv2d import output_shape, past_frames, with_past
 from . import causal_conv3d_library
+from ._checks import require_onednn
 from .upsample_conv2d import as_transposed, pack_upsample_weight
 
 
@@ -78,9 +79,7 @@ def _repeat_edges(x: Tensor) -> Tensor:
 
 def upsample_conv2d_cpu(x: Tensor, *rest: Any) -> Tensor:
     """``impl="cpu"``: oneDNN's transposed convolution."""
-    supported = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and supported):
-        raise UnsupportedError(f"upsample_conv2d: oneDNN does not take {x.dtype} here; use impl='reference'")
+    require_onednn("upsample_conv2d", x)
     return _convolve(x, *rest)
 
 

@@ -223,6 +223,36 @@ def test_pixel_shuffle_is_ltx_videos():
         assert_close(out[:, 1:].cpu(), exact, own, impl, _sums(arguments)[0][:, 1:])
 
 
+@pytest.mark.parametrize("cached", [0, 1])
+def test_descriptors_repeat_the_first_and_the_last_frame(cached, monkeypatch):
+    """A frame before the oldest or after the last is not there, and a descriptor answers with zeros."""
+    kernels = __import__("pyvideo_kernels.kernels.causal_conv3d", fromlist=["select"])
+    small = configs.ConvConfig(2, 8, 16, 16, 0, 4, 1, descriptors=True)
+    monkeypatch.setattr(kernels, "select", lambda arch, **shape: small)
+    monkeypatch.setattr(kernels, "_launch_pointers", None)
+    x, weight = _randn(1, 3, 2, 3, 16).to(helpers.DEVICE), _randn(16, 16, 3, 1, 1, scale=0.15).to(helpers.DEVICE)
+    cache = _randn(1, cached, 2, 3, 16, seed=1).to(helpers.DEVICE) if cached else None
+    out, expected = (
+        pv.causal_conv3d(x, weight, cache=cache, pad_mode="first_frame", pad_end=2, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_below_norm_eps_are_not_divided_by():
+    """The clamp is on the norm: neither on its square nor added. Here it holds back every second pixel."""
+    x = _randn(1, 1, 2, 8, 16) * torch.tensor([0.1, 2.0]).repeat(4).view(8, 1)
+    weight = _randn(20, 16, 1, 1, 1, scale=0.25)
+    options = {"epilogue": "rms_norm_silu", "norm_weight": torch.ones(20), "norm_eps": 2.0, "keep": False}
+    y = torch.nn.functional.conv3d(x.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+    norm = y.norm(dim=-1, keepdim=True)
+    assert 0 < int((norm < 2).sum()) < norm.numel()
+    expected = torch.nn.functional.silu(y / norm.clamp_min(2.0) * 20**0.5)
+    for impl in IMPLS:
+        _, z = pv.causal_conv3d(**_on({"x": x, "weight": weight, **options}, helpers.DEVICE), impl=impl)
+        torch.testing.assert_close(z.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("out", [20, 48])
 def test_rms_norm_silu_is_wans(out):
     wan = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")

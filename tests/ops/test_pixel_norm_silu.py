@@ -96,7 +96,7 @@ def test_the_rule_sees(name, change):
 
 
 def test_any_number_of_channels():
-    for channels in (1, 3, 17, 96, 1024, 1030):
+    for channels in (1, 3, 17, 96, 1024, 9000):
         args = _inputs(2, 5, channels)
         exact, low = (_run(*(t.to(to) for t in args), impl="reference") for to in (torch.float64, torch.float32))
         for impl in ("auto", "triton"):

@@ -117,7 +117,7 @@ def test_addresses_of_the_last_rows_of_a_whole_clip(first):
 
 
 def test_any_number_of_channels():
-    for channels in (1, 3, 17, 384, 1024, 1030):
+    for channels in (1, 3, 17, 384, 1024, 9000):
         x, weight = _inputs(2, 3, channels)
         exact, low = (pv.rms_norm_silu(x.to(to), weight.to(to), impl="reference") for to in (torch.float64, x.dtype))
         for impl in ("auto", "triton"):
