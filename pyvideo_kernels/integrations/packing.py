@@ -21,7 +21,7 @@ def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -
     That is inside a graph, which cannot see that a parameter has changed, and where a hook brings the parameters for
     one forward alone.
     """
-    if torch.compiler.is_compiling() or _managed(module):
+    if torch.compiler.is_compiling() or managed(module):
         return None
     weight, mark = getattr(module, name), mark_of(module)
     if mark is None:
@@ -38,21 +38,21 @@ def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -
 
 def forget_offloaded(model: nn.Module) -> None:
     """Drop what was packed of a model whose parameters a hook takes elsewhere between calls."""
-    if torch.compiler.is_compiling() or not any(_managed(module) for module in model.modules()):
+    if torch.compiler.is_compiling() or not any(managed(module) for module in model.modules()):
         return
     for module in model.modules():
         if (mark := mark_of(module)) is not None:
             mark.packed.clear()
 
 
-def _managed(module: Any) -> bool:
+def managed(module: Any) -> bool:
     """Whether a hook of accelerate or diffusers is on this module."""
     return getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None
 
 
 def unhooked(module: Any) -> bool:
     """Whether nobody watches this module's calls: what it would take and return may then stay inside a fused op."""
-    return not (_managed(module) or watched(module))
+    return not (managed(module) or watched(module))
 
 
 def watched(module: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import autocasting
-from ..errors import DTypeError, bad_option, bad_shape, check_tensor
+from ..errors import DeviceError, DTypeError, ValueOptionError, bad_option, bad_shape, check_tensor
 
 OP = "vae decode"
 
@@ -81,14 +81,34 @@ class VaeStream(abc.ABC):
         return False
 
 
-def check_latents(vae: Any, latents: Any, channels: int) -> None:
-    """``[B, channels, T, h, w]``, nothing empty, in the dtype of the VAE."""
+def check_latents(vae: Any, latents: Any, channels: int, others: dict[str, Any]) -> None:
+    """``[B, channels, T, h, w]``, nothing empty, in the dtype of the VAE and on its device.
+
+    Args:
+        others: what was given besides, of which the VAE's ``decode`` knows nothing.
+    """
+    if others:
+        raise ValueOptionError(f"{OP}: {type(vae).__name__} has no argument `{next(iter(others))}`")
     check_tensor(OP, "latents", latents, ndim=5)
     if latents.shape[1] != channels or 0 in latents.shape:
         bad_shape(OP, "latents", f"[B, {channels}, T, h, w] with nothing empty", latents)
     dtype = getattr(vae, "dtype", None)
     if dtype is not None and latents.dtype != dtype and not autocasting(latents):
         raise DTypeError(f"{OP}: `latents` must be {dtype} like the VAE; got {latents.dtype}")
+    # A graph is traced on tensors that a call with these devices gave.
+    if not torch.compiler.is_compiling():
+        _check_device(vae, latents)
+
+
+def _check_device(vae: Any, latents: Tensor) -> None:
+    """Latents where the decoder is, unless hooks take either of them to the other."""
+    first = next(getattr(vae, "decoder", vae).parameters(), None)
+    if first is None or first.device == latents.device:
+        return
+    from ..integrations.packing import managed
+
+    if not any(managed(module) for module in vae.modules()):
+        raise DeviceError(f"{OP}: `latents` must be on {first.device} like the VAE; got {latents.device}")
 
 
 def check_chunk(chunk: Any) -> None:

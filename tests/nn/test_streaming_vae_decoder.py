@@ -176,7 +176,7 @@ class _Nothing(TorchDispatchMode):
         ({}, {"chunk": 1.5}, ValueOptionError, "`chunk` must be a positive number"),
         ({}, {"chunk": True}, ValueOptionError, "`chunk` must be a positive number"),
         ({}, {"dtype": torch.int32}, DTypeError, "`dtype` must be a float dtype, torch.uint8 or None"),
-        ({}, {"temb": 1}, ValueOptionError, "`temb` must be left out"),
+        ({}, {"temb": 1}, ValueOptionError, "AutoencoderKLWan has no argument `temb`"),
     ],
 )
 def test_wrong_calls_fail_before_any_work(arguments, options, error, match):
@@ -196,6 +196,7 @@ def test_wrong_calls_fail_before_any_work(arguments, options, error, match):
         (lambda z: z.bfloat16(), DTypeError, "must be torch.float32 like the VAE; got torch.bfloat16"),
         (lambda z: z.long(), DTypeError, "must be float32, bfloat16, float16 or float64"),
         (lambda z: [z], DTypeError, "must be a tensor; got list"),
+        (lambda z: z.to("meta"), pv.errors.DeviceError, "`latents` must be on cpu like the VAE; got meta"),
     ],
 )
 def test_wrong_latents_fail_before_any_work(change, error, match):

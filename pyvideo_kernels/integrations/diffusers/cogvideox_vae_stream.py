@@ -7,8 +7,7 @@ from typing import Any, cast
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXDecoder3D
 from torch import Tensor
 
-from ...errors import bad_option
-from ...nn.vae_stream import OP, VaeStream, as_dtype, check_latents
+from ...nn.vae_stream import VaeStream, as_dtype, check_latents
 from ..swap import ours
 
 
@@ -30,9 +29,7 @@ class Stream(VaeStream):
         self.doublings = sum(up.compress_time for up in ups)
 
     def check(self, latents: Tensor, **given: Any) -> None:
-        if given:
-            bad_option(OP, next(iter(given)), "left out: AutoencoderKLCogVideoX.decode takes latents alone", "it")
-        check_latents(self.vae, latents, self.vae.config.latent_channels)
+        check_latents(self.vae, latents, self.vae.config.latent_channels, given)
 
     def frames(self, latents: int) -> int:
         batch = self.vae.num_latent_frames_batch_size

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import bad_option
-from ...nn.vae_stream import OP, VaeStream, check_latents
+from ...nn.vae_stream import VaeStream, check_latents
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ class Stream(VaeStream):
         self.channels = vae.config.out_channels
 
     def check(self, latents: Tensor, **given: Any) -> None:
-        if given:
-            bad_option(OP, next(iter(given)), "left out: AutoencoderKLHunyuanVideo.decode takes latents alone", "it")
-        check_latents(self.vae, latents, self.vae.config.latent_channels)
+        check_latents(self.vae, latents, self.vae.config.latent_channels, given)
 
     def frames(self, latents: int) -> int:
         ratio = self.vae.temporal_compression_ratio

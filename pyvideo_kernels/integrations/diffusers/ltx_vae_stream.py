@@ -52,15 +52,16 @@ class Stream(VaeStream):
         decoder = vae.decoder
         self.patch, self.patch_t = decoder.patch_size, decoder.patch_size_t
         self.channels = vae.config.out_channels
-        strides = [up.stride for block in decoder.up_blocks for up in block.upsamplers or ()]
         # What the modules do, whatever the configuration says of compression ratios.
-        self.factor = tuple(math.prod(stride[axis] for stride in strides) for axis in range(3))
+        self.factor = (1, 1, 1)
+        for block in decoder.up_blocks:
+            for up in block.upsamplers or ():
+                t, h, w = self.factor
+                self.factor = t * up.stride[0], h * up.stride[1], w * up.stride[2]
 
     def check(self, latents: Tensor, **given: Any) -> None:
         temb = given.pop("temb", None)
-        if given:
-            bad_option(OP, next(iter(given)), "left out: AutoencoderKLLTXVideo.decode takes latents and temb", "it")
-        check_latents(self.vae, latents, self.vae.config.latent_channels)
+        check_latents(self.vae, latents, self.vae.config.latent_channels, given)
         if self.vae.config.timestep_conditioning:
             if not isinstance(temb, Tensor):
                 bad_option(OP, "temb", f"a timestep for each of {latents.shape[0]} clips: the VAE is conditioned", temb)

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
 from torch import Tensor
 
-from ...errors import bad_option, bad_shape, check_tensor
-from ...nn.vae_stream import OP, VaeStream, check_latents
+from ...errors import bad_shape, check_tensor
+from ...nn.vae_stream import VaeStream, check_latents
 from ..clips import channels_first, channels_last
 from ..packing import forget_offloaded, watched
 from ..swap import ours
@@ -37,9 +37,7 @@ class Stream(VaeStream):
         self.per_latent = 2 ** sum(bool(up) for up in vae.temperal_upsample[: len(config.dim_mult) - 1])
 
     def check(self, latents: Tensor, **given: Any) -> None:
-        if given:
-            bad_option(OP, next(iter(given)), "left out: AutoencoderKLWan.decode takes latents alone", "it")
-        check_latents(self.vae, latents, self.vae.config.z_dim)
+        check_latents(self.vae, latents, self.vae.config.z_dim, given)
 
     def frames(self, latents: int) -> int:
         return 1 + (latents - 1) * self.per_latent if latents else 0
