@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .swap import autocasting, why_not
+from .swap import Settings, autocasting, why_not
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -31,6 +31,11 @@ def as_images(x: Tensor) -> Tensor:
 def as_clip(x: Tensor, batch: int) -> Tensor:
     """Images ``[B*T, C, H, W]`` as a clip ``[B, C, T, H, W]`` that lies channels-last."""
     return channels_first(channels_last(x).unflatten(0, (batch, -1)))
+
+
+def attention_impl(settings: Settings, query: Tensor) -> str:
+    """What ``impl`` means to vae_attention: on a CPU, torch's own kernel is the one for it."""
+    return "sdpa" if settings.impl == "cpu" and query.device.type == "cpu" else settings.impl
 
 
 def unservable(x: Tensor, *parameters: Tensor | None) -> str | None:

@@ -90,6 +90,10 @@ def test_every_implementation_gives_the_same_clip():
     report = pv.accelerate(vae, impl="reference")
     assert_equal_to_1e5(decode(vae, z), stock)
     assert {impl for impls in report.calls().values() for impl in impls} == {"reference"}
+    # The CPU's own attention is torch's.
+    report = pv.accelerate(vae, ops={"vae_attention"}, impl="cpu")
+    assert_equal_to_1e5(decode(vae, z), stock)
+    assert set(report.calls()) == {"vae_attention"} and set(report.calls()["vae_attention"]) == {"sdpa"}
 
 
 @pytest.mark.parametrize("op", sorted(VAE_OPS))

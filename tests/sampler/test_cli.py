@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pyvideo_kernels.sampler import doctor, loading, loop, video
+from pyvideo_kernels.sampler import doctor, kernels, loading, loop, video
 from pyvideo_kernels.sampler.cli import app
 from pyvideo_kernels.sampler.video import read_metadata
 from pyvideo_kernels.sampler.writer import FilmWriter
@@ -234,6 +234,7 @@ def test_each_mistake_has_its_sentence_and_its_code(
     assert "spacetime_attention" in sentence and "cannot run so; add --ops layer_norm_mod" in sentence
     only = fails(*cpu, *dense, "--ops", "spacetime_attention", code=2)
     assert "--impl cpu: spacetime_attention cannot run so; use --impl auto" in only
+    kernels.check("all", None, "cpu", torch.device("cpu"))
     assert not (tmp_path / "a.mp4").exists()
     assert CliRunner().invoke(app, ["sample", PROMPT, "--stepps", "3"]).exit_code == 2
 

@@ -40,7 +40,7 @@ from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ...ops.vae_attention import vae_attention
-from ..clips import channels_first, channels_last, unservable, unservable_conv
+from ..clips import attention_impl, channels_first, channels_last, unservable, unservable_conv
 from ..packing import packed, watched
 from ..swap import Settings, fall_back, ours, why_not
 
@@ -222,7 +222,7 @@ def attention_forward(
     query, key, value = (
         project(tokens).unflatten(1, (frames, height * width)) for project in (self.to_q, self.to_k, self.to_v)
     )
-    attended = vae_attention(query, key, value, causal=True, impl=settings.impl).flatten(1, 2)
+    attended = vae_attention(query, key, value, causal=True, impl=attention_impl(settings, query)).flatten(1, 2)
     for layer in self.to_out:
         attended = layer(attended)
     if self.residual_connection:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ...ops.causal_conv3d import next_cache
 from ...ops.vae_attention import vae_attention
-from ..clips import as_clip, as_images, channels_first, channels_last, unservable
+from ..clips import as_clip, as_images, attention_impl, channels_first, channels_last, unservable
 from ..packing import unhooked, watched
 from ..swap import Settings, fall_back, ours
 from .wan_vae_forwards import Frames, finished, fusable, interleaved
@@ -176,9 +176,7 @@ def _attended(settings: Settings, query: Tensor, key: Tensor, value: Tensor) -> 
     if "vae_attention" in settings.ops:
         reason = unservable(query)
         if reason is None:
-            # Torch's kernel is the one for a CPU.
-            impl = "sdpa" if settings.impl == "cpu" and query.device.type == "cpu" else settings.impl
-            return vae_attention(query, key, value, impl=impl)
+            return vae_attention(query, key, value, impl=attention_impl(settings, query))
         fall_back(settings, "vae_attention", reason)
     return nn.functional.scaled_dot_product_attention(query, key, value)
 
