@@ -135,6 +135,24 @@ near the peak of the tensor cores there, which pays for what it needs beside (a 
 for the bias, the residual and the epilogue), and far from it at 96 and 192 channels. Not our measurement."""
 
 
+INDEXED = 2**31
+"""From so many elements on, of what goes into a library's convolution or comes out of it, its 32-bit indices may wrap
+(pytorch/pytorch/issues/144855)."""
+
+
+def _elements(x: Tensor, weight: Tensor, pad_end: int) -> int:
+    """Elements of the larger of the clip with all that is made around it, and the result."""
+    b, t, h, w, c = x.shape
+    o, _, kt, kh, kw = weight.shape
+    return b * max((kt - 1 + t + pad_end) * (h + kh - 1) * (w + kw - 1) * c, (t + pad_end) * h * w * o)
+
+
+def refuse_wide(op: str, elements: int) -> None:
+    """Raise UnsupportedError for a clip that cuDNN may index wrongly."""
+    if elements >= INDEXED:
+        raise UnsupportedError(f"{op}: impl 'cudnn' takes fewer than 2^31 elements; got {elements}; use impl='triton'")
+
+
 def cudnn_label() -> str:
     """``cuDNN 9.15.1``; raises UnsupportedError where torch has none to call."""
     from ..collect_env import cudnn_version
@@ -175,6 +193,8 @@ def in_order(choices: tuple[str, ...], args: Sequence[Any]) -> tuple[tuple[str, 
     if problem := cudnn_problem():
         rest = tuple(impl for impl in choices if impl != "cudnn")
         return rest, f"cuDNN is left out: {_effect(problem)} ({problem}, see doctor)"
+    if _elements(x, weight, args[6]) >= INDEXED:
+        return tuple(impl for impl in choices if impl != "cudnn"), "cuDNN is left out: 2^31 elements or more"
     o, c, *taps = weight.shape
     if x.element_size() == 2 and min(o, c) >= CUDNN_CHANNELS and taps[0] * taps[1] * taps[2] >= CUDNN_TAPS:
         first = ("cudnn", *(impl for impl in choices if impl != "cudnn"))
@@ -203,6 +223,7 @@ def causal_conv3d_cudnn(
 ) -> tuple[Tensor, Tensor]:
     """``impl="cudnn"``: torch's convolution on channels-last clips, and a pass each for what it does not do."""
     cudnn_label()
+    refuse_wide("causal_conv3d", _elements(x, weight, pad_end))
     shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
     if 0 in shape:
         return _nothing(x, shape, epilogue, keep)

@@ -7,6 +7,7 @@ past is joined to the clip, repeated edges are copied around it, the residual is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,10 +84,15 @@ def upsample_conv2d_cpu(x: Tensor, *rest: Any) -> Tensor:
     return _convolve(x, *rest)
 
 
-def upsample_conv2d_cudnn(x: Tensor, *rest: Any) -> Tensor:
+def upsample_conv2d_cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, time_factor: int, *rest: Any
+) -> Tensor:
     """``impl="cudnn"``: the transposed convolution that torch hands to cuDNN."""
     _label()
-    return _convolve(x, *rest)
+    # The first frame by itself or not: what is cut off was computed too.
+    made = math.prod(output_shape(x, weight, time_factor, False))
+    causal_conv3d_library.refuse_wide("upsample_conv2d", max(x.numel(), made))
+    return _convolve(x, weight, bias, packed, time_factor, *rest)
 
 
 def _label() -> str:

@@ -8,6 +8,7 @@ from pyvideo_kernels import collect_env, dispatch, verdicts
 from pyvideo_kernels.errors import DeviceError, UnsupportedError
 from pyvideo_kernels.integrations import upfront
 from pyvideo_kernels.ops import causal_conv3d_library as library
+from pyvideo_kernels.ops import upsample_conv2d_library
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import check_op, samples
 
@@ -67,6 +68,21 @@ def test_cudnn_is_left_out_where_it_is_known_to_be_wrong_or_slow(cudnn, monkeypa
     assert not dict((impl, usable) for impl, usable, _ in dispatch.explain(OP, CARD))["cudnn"]
     with pytest.raises(UnsupportedError, match=f"leaves cuDNN {version} out"):
         dispatch.trusted(OP, "cudnn", CARD, torch.bfloat16)
+
+
+def test_clips_beyond_32_bit_indices_are_not_for_cudnn(cudnn):
+    args = list(_args(384, 384))
+    for frames, order in ((55, "cudnn"), (56, "triton")):
+        # One pixel, seen as a clip: [1, frames, 300, 320, 384], of which only the shape counts.
+        args[0] = torch.empty(1, 1, 1, 1, 384, dtype=torch.bfloat16).expand(1, frames, 300, 320, 384)
+        assert dispatch.order(OP, CARD, torch.bfloat16, None, args)[0] == order
+    assert "2^31 elements" in dispatch.explain(OP, CARD, args=args)[0][2]
+    with pytest.raises(UnsupportedError, match=r"fewer than 2\^31 elements; got 2\d{9}"):
+        library.causal_conv3d_cudnn(*args)
+    x = torch.empty(1, 1, 1, 1, 96).expand(1, 60, 240, 416, 96)
+    upsample = upsample_conv2d_library.upsample_conv2d_cudnn
+    with pytest.raises(UnsupportedError, match="upsample_conv2d: impl 'cudnn' takes fewer"):
+        upsample(x, torch.empty(96, 96, 3, 3), None, None, 1, None, True, "zeros", None)
 
 
 def test_dispatch_says_why(cudnn):
