@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -145,7 +146,8 @@ class Session:
     def _in_float32(self) -> Tensor | None:
         """The stock decoder's frames in float32, on the host; None where there is no memory for that."""
         try:
-            return self._decode(sharing_copy(self.vae).float(), torch.float32).cpu()
+            # A copy of the weights too: converting a module changes its parameters where they are.
+            return self._decode(copy.deepcopy(self.vae).float(), torch.float32).cpu()
         except (RuntimeError, MemoryError):
             return None
 

@@ -112,6 +112,11 @@ def test_every_variant_is_checked_timed_and_counted(result):
     assert layers["conv_in"]["calls"] == 2
 
 
+def test_the_float32_decoder_leaves_the_weights_as_they_are():
+    (eager, ours) = vae.run(vae.Request(**TINY | {"dtype": "bf16", "variants": ("ours",), "layers": False}))["rows"]
+    assert 0 < eager["quality"]["error"] < 0.1 and ours["quality"]["error"] <= 2 * eager["quality"]["error"]
+
+
 def test_the_file_and_its_table(result, tmp_path):
     path = results.write(tmp_path / f"{tables.stem(result)}.json", result)
     assert path.name == "vae-tiny-random-wan-32x32x5-fp32-cpu.json" and results.read(path) == json.loads(
