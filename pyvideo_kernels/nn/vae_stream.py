@@ -88,7 +88,7 @@ def check_latents(vae: Any, latents: Any, channels: int, others: dict[str, Any])
         others: what was given besides, of which the VAE's ``decode`` knows nothing.
     """
     if others:
-        raise ValueOptionError(f"{OP}: {type(vae).__name__} has no argument `{next(iter(others))}`")
+        raise ValueOptionError(f"{OP}: `{next(iter(others))}` is no argument of {type(vae).__name__}")
     check_tensor(OP, "latents", latents, ndim=5)
     if latents.shape[1] != channels or 0 in latents.shape:
         bad_shape(OP, "latents", f"[B, {channels}, T, h, w] with nothing empty", latents)

@@ -179,7 +179,7 @@ def test_wrong_calls_raise_before_any_work():
     ):
         with pytest.raises(error, match=match):
             vae.decode(*given)
-    with pytest.raises(ValueOptionError, match="AutoencoderKLLTXVideo has no argument `timestep`"):
+    with pytest.raises(ValueOptionError, match="`timestep` is no argument of AutoencoderKLLTXVideo"):
         StreamingVaeDecoder(plain).decode(z, timestep=1)
 
 

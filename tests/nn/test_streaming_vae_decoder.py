@@ -176,7 +176,7 @@ class _Nothing(TorchDispatchMode):
         ({}, {"chunk": 1.5}, ValueOptionError, "`chunk` must be a positive number"),
         ({}, {"chunk": True}, ValueOptionError, "`chunk` must be a positive number"),
         ({}, {"dtype": torch.int32}, DTypeError, "`dtype` must be a float dtype, torch.uint8 or None"),
-        ({}, {"temb": 1}, ValueOptionError, "AutoencoderKLWan has no argument `temb`"),
+        ({}, {"temb": 1}, ValueOptionError, "`temb` is no argument of AutoencoderKLWan"),
     ],
 )
 def test_wrong_calls_fail_before_any_work(arguments, options, error, match):
