@@ -72,6 +72,10 @@ def test_one_modulation_serves_every_clip():
     for impl in IMPLS:
         one = _run(x, weight, scale[:1], shift[:1], impl=impl)
         assert torch.equal(one, _run(x, weight, scale[:1].expand(3, 8), shift[:1].expand(3, 8), impl=impl)), impl
+        mixed = _run(x, weight, scale[:1], shift, impl=impl)
+        assert torch.equal(mixed, _run(x, weight, scale[:1].repeat(3, 1), shift, impl=impl)), impl
+        mixed = _run(x, weight, scale, shift[:1], impl=impl)
+        assert torch.equal(mixed, _run(x, weight, scale, shift[:1].repeat(3, 1), impl=impl)), impl
 
 
 @pytest.mark.parametrize(
