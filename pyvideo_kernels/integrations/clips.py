@@ -6,6 +6,8 @@ that stock modules in between still work and the ops take a view of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,8 @@ def unservable_conv(x: Tensor, *parameters: Tensor | None) -> str | None:
     if autocasting(x):
         return "autocast chooses the dtype of the convolution"
     return unservable(x, *parameters)
+
+
+def checkpointed(module: Any) -> bool:
+    """Whether this call is one whose blocks diffusers runs again for their gradients."""
+    return bool(module.gradient_checkpointing) and torch.is_grad_enabled()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.causal_conv3d import pack_weight
 from .swap import mark_of
 
 
@@ -34,6 +35,13 @@ def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -
             present = mark.packed[name] = key, make(weight.detach(), *options)
     made: Tensor = present[1]
     return made
+
+
+def conv_weight(conv: Any) -> Tensor:
+    """The weight as causal_conv3d's kernels read it; oneDNN's own reordering is several times faster from there too."""
+    made = packed(conv, "weight", pack_weight)
+    weight: Tensor = conv.weight if made is None else made
+    return weight
 
 
 def forget_offloaded(model: nn.Module) -> None:

@@ -37,12 +37,12 @@ from diffusers.models.upsampling import CogVideoXUpsample3D
 from torch import Tensor, nn
 
 from ...nn.vae_stream import as_dtype
-from ...ops.causal_conv3d import causal_conv3d, next_cache, pack_weight
+from ...ops.causal_conv3d import causal_conv3d, next_cache
 from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
-from ..clips import as_clip, as_images, channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed, watched
+from ..clips import as_clip, as_images, channels_first, channels_last, checkpointed, unservable, unservable_conv
+from ..packing import conv_weight, packed, watched
 from ..swap import Settings, fall_back, ours
 
 Cache = dict[str, Any]
@@ -160,8 +160,7 @@ def kernel_forward(
     past = None if cache is None else channels_last(cache)
     if pad_mode is None:
         past, x = (x[:, :reach], x[:, reach:]) if reach else (None, x)
-    ordered = packed(self, "weight", pack_weight)
-    weight = self.weight if ordered is None else ordered
+    weight = conv_weight(self)
     options: dict[str, Any] = {"cache": past, "pad_mode": pad_mode or "first_frame", "impl": settings.impl}
     if op == _HEAD:
         direct = out is not None and out.dtype in (x.dtype, torch.uint8) and out.device == x.device
@@ -301,10 +300,6 @@ def resnet_forward(
     return _convolved(self.conv2, x, old, new, "conv2", residual=skip), new
 
 
-def _checkpointed(module: Any) -> bool:
-    return bool(module.gradient_checkpointing) and torch.is_grad_enabled()
-
-
 def encoder_forward(
     self: CogVideoXEncoder3D,
     settings: Settings,
@@ -313,7 +308,7 @@ def encoder_forward(
     conv_cache: Cache | None = None,
 ) -> tuple[Tensor, Cache]:
     """CogVideoXEncoder3D; leaves with the stock layout."""
-    if _checkpointed(self):
+    if checkpointed(self):
         out: tuple[Tensor, Cache] = CogVideoXEncoder3D.forward(self, sample, temb, conv_cache)
         return out
     old, new = conv_cache or {}, {}  # type: Cache, Cache
@@ -335,7 +330,7 @@ def decoder_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Cache]:
     """CogVideoXDecoder3D; leaves with the stock layout, or in ``out``."""
-    if _checkpointed(self):
+    if checkpointed(self):
         frames, cache = CogVideoXDecoder3D.forward(self, sample, temb, conv_cache)
         return _written(frames, True, out), cache
     old, new = conv_cache or {}, {}  # type: Cache, Cache

@@ -35,13 +35,13 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from ...ops.causal_conv3d import causal_conv3d, pack_weight
+from ...ops.causal_conv3d import causal_conv3d
 from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ...ops.vae_attention import vae_attention
-from ..clips import attention_impl, channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed, watched
+from ..clips import attention_impl, channels_first, channels_last, checkpointed, unservable, unservable_conv
+from ..packing import conv_weight, packed, watched
 from ..swap import Settings, fall_back, ours, why_not
 
 # F.pad's name of what lies outside -> the op's.
@@ -105,7 +105,7 @@ def conv_forward(
         other = None if residual is None else channels_last(residual)
         mode = "zeros" if pad_mode is None else PAD_MODES[pad_mode]
         if wanted == "decode_head_":
-            frames = decode_head(clip, self.weight, self.bias, pad_mode=mode, clamp=False, impl=settings.impl)
+            frames = decode_head(clip, conv_weight(self), self.bias, pad_mode=mode, clamp=False, impl=settings.impl)
             assert isinstance(frames, Tensor)
             return frames
         if wanted == "upsample_conv2d":
@@ -123,11 +123,9 @@ def conv_forward(
         else:
             if factor is not None:
                 clip = channels_last(_upsampled(input, factor))
-            # oneDNN's own reordering is several times faster from there too.
-            ordered = packed(self, "weight", pack_weight)
             y = causal_conv3d(
                 clip,
-                self.weight if ordered is None else ordered,
+                conv_weight(self),
                 self.bias,
                 stride=self.stride,
                 pad_mode=mode,
@@ -244,10 +242,6 @@ def _unfit_attention(attention: Any) -> str | None:
 # Modules --------------------------------------------------------------------------------------------------------
 
 
-def _checkpointing(module: Any) -> bool:
-    return bool(torch.is_grad_enabled() and module.gradient_checkpointing)
-
-
 def residual_forward(self: HunyuanVideoResnetBlockCausal3D, settings: Settings, hidden_states: Tensor) -> Tensor:
     """HunyuanVideoResnetBlockCausal3D; the block's own sum is the epilogue of its second convolution."""
     x = hidden_states
@@ -264,7 +258,7 @@ def upsample_forward(self: HunyuanVideoUpsampleCausal3D, settings: Settings, hid
 
 def mid_forward(self: HunyuanVideoMidBlock3D, settings: Settings, hidden_states: Tensor) -> Tensor:
     """HunyuanVideoMidBlock3D; an attention of ours is told the grid, and no mask is made."""
-    if _checkpointing(self):
+    if checkpointed(self):
         out: Tensor = HunyuanVideoMidBlock3D.forward(self, hidden_states)
         return out
     x = self.resnets[0](hidden_states)
@@ -284,7 +278,7 @@ def mid_forward(self: HunyuanVideoMidBlock3D, settings: Settings, hidden_states:
 
 def encoder_forward(self: HunyuanVideoEncoder3D, settings: Settings, hidden_states: Tensor) -> Tensor:
     """HunyuanVideoEncoder3D; leaves with the stock layout."""
-    if _checkpointing(self):
+    if checkpointed(self):
         out: Tensor = HunyuanVideoEncoder3D.forward(self, hidden_states)
         return out
     x = self.conv_in(channels_first(channels_last(hidden_states)))
@@ -297,7 +291,7 @@ def encoder_forward(self: HunyuanVideoEncoder3D, settings: Settings, hidden_stat
 
 def decoder_forward(self: HunyuanVideoDecoder3D, settings: Settings, hidden_states: Tensor) -> Tensor:
     """HunyuanVideoDecoder3D; leaves with the stock layout."""
-    if _checkpointing(self):
+    if checkpointed(self):
         out: Tensor = HunyuanVideoDecoder3D.forward(self, hidden_states)
         return out
     x = self.conv_in(channels_first(channels_last(hidden_states)))

@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from ..clips import channels_first, channels_last
+from ..clips import channels_first, channels_last, checkpointed
 from ..packing import watched
 from ..swap import Settings, autocasting, ours
 from .ltx_vae_clip import Clip
@@ -165,10 +165,6 @@ def _embedded(embedder: Any, temb: Tensor, x: Tensor, clip: Clip | None) -> Tens
     return embed() if clip is None else clip.once(embedder, embed)
 
 
-def _checkpointed(module: Any) -> bool:
-    return bool(module.gradient_checkpointing) and torch.is_grad_enabled()
-
-
 def _through(layer: Any, x: Tensor, clip: Clip | None, *given: Any) -> Tensor:
     """A layer of ours on the next frames; any layer on a whole clip."""
     y: Tensor = layer(x, *given) if clip is None else layer(x, *given, clip=clip)
@@ -185,7 +181,7 @@ def mid_block_forward(
 ) -> Tensor:
     """LTXVideoMidBlock3d, handing on the clip."""
     x = hidden_states
-    if _checkpointed(self):
+    if checkpointed(self):
         out: Tensor = LTXVideoMidBlock3d.forward(self, x, temb, generator)
         return out
     if self.time_embedder is not None:
@@ -206,7 +202,7 @@ def up_block_forward(
 ) -> Tensor:
     """LTXVideoUpBlock3d, handing on the clip."""
     x = hidden_states
-    if _checkpointed(self):
+    if checkpointed(self):
         out: Tensor = LTXVideoUpBlock3d.forward(self, x, temb, generator)
         return out
     if self.conv_in is not None:
@@ -223,7 +219,7 @@ def up_block_forward(
 
 def encoder_forward(self: LTXVideoEncoder3d, settings: Settings, hidden_states: Tensor) -> Tensor:
     """LTXVideoEncoder3d; leaves with the stock layout."""
-    if _checkpointed(self) or not ours(self.conv_out, LTXVideoCausalConv3d):
+    if checkpointed(self) or not ours(self.conv_out, LTXVideoCausalConv3d):
         out: Tensor = LTXVideoEncoder3d.forward(self, hidden_states)
         return out
     pt, p = self.patch_size_t, self.patch_size
@@ -248,7 +244,7 @@ def decoder_forward(
     clip: Clip | None = None,
 ) -> Tensor:
     """LTXVideoDecoder3d over a whole clip, or over its next latents; leaves with the stock layout."""
-    if _checkpointed(self) or not ours(self.conv_out, LTXVideoCausalConv3d):
+    if checkpointed(self) or not ours(self.conv_out, LTXVideoCausalConv3d):
         out: Tensor = LTXVideoDecoder3d.forward(self, hidden_states, temb)
         return out
     x = _through(self.conv_in, channels_first(channels_last(hidden_states)), clip)

@@ -23,11 +23,11 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoCausalConv3
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from ...ops.causal_conv3d import causal_conv3d, pack_weight
+from ...ops.causal_conv3d import causal_conv3d
 from ...ops.decode_head import decode_head
 from ...ops.pixel_norm_silu import pixel_norm_silu
 from ..clips import channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed, watched
+from ..packing import conv_weight, watched
 from ..swap import Settings, fall_back, ours
 from .ltx_vae_clip import Clip, Window
 
@@ -90,8 +90,7 @@ def kernel_forward(
         window, x = Window(x[:, :reach] if reach else None), x[:, reach:]
     options: dict[str, Any] = {"cache": window.cache, "pad_mode": "first_frame", "pad_end": window.pad_end}
     options["impl"] = settings.impl
-    ordered = packed(self, "weight", pack_weight)
-    weight = self.weight if ordered is None else ordered
+    weight = conv_weight(self)
     if op == _HEAD:
         frames: Any = decode_head(x, weight, self.bias, patch=patch or (1, 1, 1), clamp=False, **options)
         return cast(Tensor, frames)

@@ -25,6 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import nn
 
 from .. import streams
+from ..planning import not_plain
 from ..swap import Left, Plan, Settings, Swap, obstacle
 from . import wan_vae_blocks as blocks
 from . import wan_vae_forwards as forwards
@@ -127,12 +128,9 @@ def _stream(result: Plan, model: nn.Module, path: str, settings: Settings) -> No
 
 
 def _unfit(module: Any, kind: type[nn.Module]) -> str | None:
-    if type(module) is not kind:
-        home = type(module).__module__.partition(".")[0]
-        return f"it is a {home} {type(module).__name__}, not a plain {kind.__name__}"
-    for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) is not nn.Parameter:
-            return f"its {name} is a {type(parameter).__name__}"
+    reason = not_plain(module, kind)
+    if reason is not None:
+        return reason
     if kind is WanRMS_norm and not isinstance(module.bias, float):
         return "the norm has a bias"
     if kind is nn.Conv2d:

@@ -26,12 +26,12 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import Tensor, nn
 
 from ...nn.vae_stream import as_dtype
-from ...ops.causal_conv3d import causal_conv3d, pack_weight
+from ...ops.causal_conv3d import causal_conv3d
 from ...ops.decode_head import decode_head
 from ...ops.rms_norm_silu import rms_norm_silu
 from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
 from ..clips import as_clip, as_images, channels_first, channels_last, unservable, unservable_conv
-from ..packing import packed, unhooked
+from ..packing import conv_weight, packed, unhooked
 from ..swap import Settings, fall_back, ours
 
 # The stock norm divides by F.normalize's default smallest norm.
@@ -109,7 +109,7 @@ def conv_forward(
     cache = None if cache_x is None else channels_last(cache_x.to(x.device))
     if past == 0 and self.kernel_size[0] > 1:
         cache, clip = _split(clip, lead, self.kernel_size[0] - 1)
-    weight = _laid_out(self)
+    weight = conv_weight(self)
     if head and frames is not None:
         out = frames.out
         direct = out is not None and out.dtype in (x.dtype, torch.uint8) and out.device == x.device
@@ -143,12 +143,6 @@ def conv_forward(
         return finished(y, frames)
     # Who hands over the stock layout (callers of quant_conv) gets it back.
     return y if x.stride(1) == 1 else y.contiguous()
-
-
-def _laid_out(self: WanCausalConv3d) -> Tensor:
-    """The weight as the kernels read it, kept; oneDNN's own reordering is several times faster from there too."""
-    made = packed(self, "weight", pack_weight)
-    return self.weight if made is None else made
 
 
 def _split(clip: Tensor, lead: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
