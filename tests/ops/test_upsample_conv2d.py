@@ -342,6 +342,15 @@ def test_bad_input_is_refused_by_name(change, error, words):
         pv.upsample_conv2d(**{"x": _X, "weight": _W, **change})
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_residual_of_any_strides(impl, no_tf32):
+    x, weight = _randn(1, 1, 2, 3, 16).to(helpers.DEVICE), _randn(16, 16, 3, 3).to(helpers.DEVICE)
+    wide = _randn(1, 1, 5, 8, 24).to(helpers.DEVICE)
+    expected = pv.upsample_conv2d(x, weight, impl=impl) + wide[:, :, 1:, 2:, 4:20]
+    out = pv.upsample_conv2d(x, weight, residual=wide[:, :, 1:, 2:, 4:20], impl=impl)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_triton_refuses_float64():
     with pytest.raises(UnsupportedError, match="refuses float64"):
         pv.upsample_conv2d(_X.double().to(helpers.DEVICE), _W.double().to(helpers.DEVICE), impl="triton")

@@ -9,18 +9,18 @@ from pyvideo_kernels.testing.static import Case, meta
 
 
 def _conv(x, out, kernel, cached, residual=False, stride=(1, 1, 1), dtype=torch.bfloat16, pad_mode="zeros",
-          epilogue=None, factor=(1, 1, 1), keep=True):  # fmt: skip
+          pad_end=0, epilogue=None, factor=(1, 1, 1), keep=True):  # fmt: skip
     b, t, h, w, c = x
     ft, fh, fw = (2, 1, 1) if epilogue == "interleave" else factor
     rows = out * ft * fh * fw
     weight = meta((rows, *kernel, c), dtype).permute(0, 4, 1, 2, 3)  # packed
     cache = meta((b, cached, h, w, c), dtype) if cached else None
-    frames = ((t - 1) // stride[0] + 1) * ft
+    frames = ((t + pad_end - 1) // stride[0] + 1) * ft
     after = meta((b, frames, h * fh, w * fw, out), dtype) if residual else None
     norm = meta((out,), dtype) if epilogue == "rms_norm_silu" else None
     causal_conv3d(
-        meta(x, dtype), weight, meta((rows,), dtype), cache, stride, pad_mode, 0, after, epilogue, factor, norm, 1e-12,
-        keep,
+        meta(x, dtype), weight, meta((rows,), dtype), cache, stride, pad_mode, pad_end, after, epilogue, factor, norm,
+        1e-12, keep,
     )  # fmt: skip
 
 
@@ -56,7 +56,8 @@ CASES = [
     _case("wan-time-upsample-384", (1, 1, 60, 104, 384), 384, (3, 1, 1), 2, epilogue="interleave", archs=_FEW),
     # Edges are repeated: boxes inside by descriptors, those at the edge by pointers.
     _case("hunyuan-128", (1, 4, 256, 256, 128), 128, (3, 3, 3), 0, residual=True, pad_mode="replicate"),
-    _case("ltx-512-reflect", (1, 4, 64, 96, 512), 512, (3, 3, 3), 2, pad_mode="reflect", archs=_FEW),
+    # The end of a clip whose convolutions look ahead: the last frame is repeated.
+    _case("ltx-512-reflect", (1, 4, 64, 96, 512), 512, (3, 3, 3), 2, pad_mode="reflect", pad_end=1, archs=_FEW),
     _case("ltx-upsample-512", (1, 4, 32, 48, 512), 256, (3, 3, 3), 2, pad_mode="first_frame",
           epilogue="pixel_shuffle", factor=(2, 2, 2), archs=_FEW),
 ]  # fmt: skip
