@@ -58,3 +58,25 @@ def test_costs_are_those_that_are_met(name):
         ratio = decoder._stream.size(1, 1)
         predicted = cost.of_whole(5, 6) if plan is None else cost.of_tiles(plan, 5, 6, ratio)
         assert 0.8 * predicted <= meter.peak <= 1.02 * predicted, (plan, meter.peak / predicted)
+
+
+# Latents of a clip of a few steps, and of one of twice as many.
+LENGTHS = {"hunyuan": (11, 20), "cogvideox": (7, 11), "ltx": (18, 24)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_memory_does_not_grow_with_the_clip(name):
+    vae = FAMILIES[name][0]()
+    decoder, most = StreamingVaeDecoder(vae), []
+
+    def clip(frames):
+        return torch.randn(1, vae.config.latent_channels, frames, 1, 2)
+
+    decoder.decode(clip(2))  # packs weights, which stay
+    for frames in LENGTHS[name]:
+        z = clip(frames)
+        with Meter() as meter:
+            for piece in decoder.stream(z):
+                del piece
+        most.append(meter.peak)
+    assert most[0] == most[1] > 10_000
