@@ -113,13 +113,13 @@ def test_patches_share_a_weight():
     """A model that unpacks pixels after blending: the same as blending its channels, then unpacking them."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-    rows = tiles_of(9, 7, 5, 3, shape=(1, 12, 1))
+    rows = tiles_of(6, 6, 5, 3, shape=(1, 4, 1))
     expected = unpatchify(stock(rows, 3, 2, False), patch_size=2)
     pixels = [[unpatchify(tile, patch_size=2) for tile in row] for row in rows]
     for impl in IMPLS:
         on = [[tile.to(helpers.DEVICE) for tile in row] for row in pixels]
         torch.testing.assert_close(ours(on, 6, 4, False, impl, grain=2).cpu(), expected, rtol=1e-6, atol=1e-6)
-        assert (ours(on, 6, 4, False, impl).cpu() - expected).abs().max() > 0.05
+    assert (ours(on, 6, 4, False).cpu() - expected).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_rows_more_than_two_to_the_31_elements_apart(tmp_path):
 
 
 def test_bitwise_repeatable():
-    rows = [[t.to(helpers.DEVICE) for t in row] for row in tiles_of(9, 9, 5, 3)]
+    rows = [[t.to(helpers.DEVICE) for t in row] for row in tiles_of(6, 6, 5, 3, shape=(1, 2, 1))]
     for impl in IMPLS:
         assert torch.equal(ours(rows, 3, 2, True, impl), ours(rows, 3, 2, True, impl))
 
