@@ -7,7 +7,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoCausalConv3
 
 import pyvideo_kernels as pv
 from pyvideo_kernels import StreamingVaeDecoder
-from pyvideo_kernels.errors import DTypeError, ShapeError, ValueOptionError
+from pyvideo_kernels.errors import DTypeError, ModelError, ShapeError, ValueOptionError
 from pyvideo_kernels.integrations.diffusers import ltx_vae_blocks, ltx_vae_clip, ltx_vae_stream
 
 from .ltx_helpers import VAE_OPS, decode, stream, tiny
@@ -181,6 +181,11 @@ def test_wrong_calls_raise_before_any_work():
             vae.decode(*given)
     with pytest.raises(ValueOptionError, match="`timestep` is no argument of AutoencoderKLLTXVideo"):
         StreamingVaeDecoder(plain).decode(z, timestep=1)
+    pieces = StreamingVaeDecoder(plain).stream(latents(20, 1, 1))
+    next(pieces)
+    pv.restore(plain)
+    with pytest.raises(ModelError, match="restored while a clip was under way"):
+        next(pieces)
 
 
 class _Causal(LTXVideoCausalConv3d):

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx import (
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
-from ...errors import bad_option, bad_shape
+from ...errors import ModelError, bad_option, bad_shape
 from ...nn.streaming_vae_decoder import decode_clip, records
 from ...nn.tiling import tile_of_flags
 from ...nn.vae_stream import OP, VaeStream, check_latents
@@ -118,6 +118,8 @@ class Stream(VaeStream):
         if first and last:
             frames = self.vae.decoder(z, state.temb)
         else:
+            if not ours(self.vae.decoder, LTXVideoDecoder3d):
+                raise ModelError(f"{OP}: the VAE was restored while a clip was under way: decode it from its beginning")
             state.begin(z.shape[2], first=first, last=last)
             frames = self.vae.decoder(z, state.temb, clip=state)
         return frames
