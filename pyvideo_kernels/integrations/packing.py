@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.causal_conv3d import pack_weight
-from .swap import mark_of
+from ..ops.upsample_conv2d import pack_upsample_weight
+from .swap import Settings, mark_of
 
 
 def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -> Tensor | None:
@@ -42,6 +43,15 @@ def conv_weight(conv: Any) -> Tensor:
     made = packed(conv, "weight", pack_weight)
     weight: Tensor = conv.weight if made is None else made
     return weight
+
+
+def upsample_weight(conv: Any, settings: Settings, time_factor: int = 1) -> tuple[Tensor | None, bool]:
+    """The taps of upsample_conv2d's phases; and whether the op pays.
+
+    Where they cannot be kept it sums them on each call, which on a CPU takes far more time than the phases save.
+    """
+    made = packed(conv, "weight", pack_upsample_weight, time_factor)
+    return made, made is not None or settings.impl != "auto" or conv.weight.device.type != "cpu"
 
 
 def forget_offloaded(model: nn.Module) -> None:

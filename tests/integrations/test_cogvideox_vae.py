@@ -253,7 +253,8 @@ def test_under_leaf_offload(hooked_first):
     report = pv.accelerate(vae, strict=True)
     assert vae.decoder.conv_in.conv.weight.device.type == "meta"
     assert_equal_to_1e5(decode(vae, z), stock)
-    assert set(report.calls()) == VAE_OPS and not report.fallbacks()
+    # On a CPU, upsample_conv2d pays if its weight is packed once, and these weights come and go.
+    assert set(report.calls()) == VAE_OPS - {"upsample_conv2d"} and not report.fallbacks()
 
 
 def test_under_layerwise_casting():
@@ -265,7 +266,7 @@ def test_under_layerwise_casting():
     plain = AutoencoderKLCogVideoX.from_config(vae.config).eval()
     plain.load_state_dict({name: value.to(torch.bfloat16) for name, value in vae.state_dict().items()})
     assert_close(decode(vae, z), truth(decode, plain, z.bfloat16()), stock)
-    assert set(report.calls()) == VAE_OPS
+    assert set(report.calls()) == VAE_OPS - {"upsample_conv2d"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

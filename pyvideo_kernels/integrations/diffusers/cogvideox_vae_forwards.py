@@ -40,9 +40,9 @@ from ...nn.vae_stream import as_dtype
 from ...ops.causal_conv3d import causal_conv3d, next_cache
 from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
-from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
+from ...ops.upsample_conv2d import upsample_conv2d
 from ..clips import as_clip, as_images, channels_first, channels_last, checkpointed, unservable, unservable_conv
-from ..packing import conv_weight, packed, watched
+from ..packing import conv_weight, upsample_weight, watched
 from ..swap import Settings, fall_back, ours
 
 Cache = dict[str, Any]
@@ -233,18 +233,20 @@ def image_conv_forward(self: nn.Conv2d, settings: Settings, input: Tensor, time_
     first = input.shape[2] % 2 == 1
     clip = channels_last(input)
     reason = unservable_conv(clip, self.weight, self.bias)
-    if reason is None:
+    made, pays = (None, False) if reason is not None else upsample_weight(self, settings, time_factor)
+    if pays:
         y = upsample_conv2d(
             clip,
             self.weight,
             self.bias,
-            packed=packed(self, "weight", pack_upsample_weight, time_factor),
+            packed=made,
             time_factor=time_factor,
             first=first,
             impl=settings.impl,
         )
         return channels_first(y)
-    fall_back(settings, "upsample_conv2d", reason)
+    if reason is not None:
+        fall_back(settings, "upsample_conv2d", reason)
     x = nn.Conv2d.forward(self, F.interpolate(as_images(input), scale_factor=2.0))
     y = as_clip(x, input.shape[0])
     if time_factor == 2:

@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from ...ops.causal_conv3d import causal_conv3d
 from ...ops.decode_head import decode_head
 from ...ops.group_norm_silu import group_norm_silu
-from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
+from ...ops.upsample_conv2d import upsample_conv2d
 from ...ops.vae_attention import vae_attention
 from ..clips import attention_impl, channels_first, channels_last, checkpointed, unservable, unservable_conv
-from ..packing import conv_weight, packed, watched
+from ..packing import conv_weight, upsample_weight, watched
 from ..swap import Settings, fall_back, ours, why_not
 
 # F.pad's name of what lies outside -> the op's.
@@ -101,6 +101,10 @@ def conv_forward(
     reason = unservable_conv(clip, self.weight, self.bias)
     if reason is None and pad_mode is None and set(self.kernel_size) != {1}:
         reason = "called with a padded clip"
+    made, times = None, 1 if factor is None else int(factor[0])
+    if reason is None and wanted == "upsample_conv2d":
+        made, pays = upsample_weight(self, settings, times)
+        wanted = wanted if pays else "causal_conv3d"
     if reason is None and wanted in settings.ops:
         other = None if residual is None else channels_last(residual)
         mode = "zeros" if pad_mode is None else PAD_MODES[pad_mode]
@@ -109,12 +113,11 @@ def conv_forward(
             assert isinstance(frames, Tensor)
             return frames
         if wanted == "upsample_conv2d":
-            times = int(factor[0])  # type: ignore[index]
             y = upsample_conv2d(
                 clip,
                 self.weight,
                 self.bias,
-                packed=packed(self, "weight", pack_upsample_weight, times),
+                packed=made,
                 time_factor=times,
                 pad_mode=mode,
                 residual=other,

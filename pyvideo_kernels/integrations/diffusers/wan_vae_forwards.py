@@ -29,9 +29,9 @@ from ...nn.vae_stream import as_dtype
 from ...ops.causal_conv3d import causal_conv3d
 from ...ops.decode_head import decode_head
 from ...ops.rms_norm_silu import rms_norm_silu
-from ...ops.upsample_conv2d import pack_upsample_weight, upsample_conv2d
+from ...ops.upsample_conv2d import upsample_conv2d
 from ..clips import as_clip, as_images, channels_first, channels_last, unservable, unservable_conv
-from ..packing import conv_weight, packed, unhooked
+from ..packing import conv_weight, unhooked, upsample_weight
 from ..swap import Settings, fall_back, ours
 
 # The stock norm divides by F.normalize's default smallest norm.
@@ -189,8 +189,8 @@ def conv2d_forward(
         return nn.Conv2d.forward(self, input)
     clip = channels_last(input)
     reason = unservable_conv(clip, self.weight, self.bias)
-    made = None if reason is not None else packed(self, "weight", pack_upsample_weight)
-    if reason is None and (made is not None or settings.impl != "auto" or clip.device.type != "cpu"):
+    made, pays = (None, False) if reason is not None else upsample_weight(self, settings)
+    if pays:
         return channels_first(
             upsample_conv2d(
                 clip,
@@ -203,7 +203,6 @@ def conv2d_forward(
         )
     if reason is not None:
         fall_back(settings, "upsample_conv2d", reason)
-    # On a CPU, summing the taps anew on each call takes more time than their phases save.
     images = nn.functional.interpolate(as_images(input), scale_factor=2.0, mode="nearest-exact")
     y = as_clip(nn.Conv2d.forward(self, images), input.shape[0])
     return y if residual is None else y + residual
