@@ -251,7 +251,7 @@ class Film:
     def _keep(self) -> list[Path]:
         """After Ctrl-C: what was decoded becomes a shorter film of its own; a preview stays."""
         kept = []
-        if self.writer is not None and self.phase == "decode" and self.settings.output is not None:
+        if self.writer is not None and self.phase in ("decode", "write") and self.settings.output is not None:
             whole = destination(self.settings.output)
             partial = self.writer.keep(whole.with_name(f"{whole.stem}.partial{whole.suffix}"))
             if partial is not None:
