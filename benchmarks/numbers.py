@@ -224,12 +224,13 @@ def _where(result: Mapping[str, Any]) -> str:
     return text
 
 
-def _has_plots(result: Mapping[str, Any]) -> bool:
-    return result["kind"] != "vae"  # its tables say it all
+def has_plots(result: Mapping[str, Any]) -> bool:
+    """Whether plots are made from a result; the tables of a decoder say it all."""
+    return result["kind"] != "vae"
 
 
 def _pictures(result: Mapping[str, Any], drawn: Path) -> Iterator[tuple[str, Path]]:
-    if not _has_plots(result):
+    if not has_plots(result):
         return
     digest, start = plots.digest(result), stem(result)
     for path in sorted(drawn.glob(f"{start}-*.svg")):
@@ -328,7 +329,7 @@ def with_section(readme: str, section: str) -> str:
 def draw(found: Iterable[Mapping[str, Any]], drawn: Path) -> list[Path]:
     """Draw what is missing or stale, and remove plots of results that are no more."""
     kept: list[Path] = []
-    for result in filter(_has_plots, found):
+    for result in filter(has_plots, found):
         current = [path for _, path in _pictures(result, drawn)]
         kept += current or plots.write_all(result, drawn, stem(result))
     for path in drawn.glob("*.svg"):
@@ -354,7 +355,7 @@ def stale() -> list[str]:
     ]
     fresh = {path for result in found for _, path in _pictures(result, drawn)}
     out += [f"docs/plots/{path.name}" for path in sorted(drawn.glob("*.svg")) if path not in fresh]
-    lacking = [result for result in found if _has_plots(result) and not any(_pictures(result, drawn))]
+    lacking = [result for result in found if has_plots(result) and not any(_pictures(result, drawn))]
     return out + [f"the plots of {stem(result)}" for result in lacking]
 
 

@@ -66,10 +66,18 @@ def test_the_generated_files_are_what_the_results_give():
 def test_every_plot_of_every_result_is_there(tmp_path):
     """Drawn anew: a plot that somebody removed is missed, and the page with it."""
     pytest.importorskip("matplotlib", reason="pip install pyvideo-kernels[bench]")
-    for result in numbers.load(RESULTS):
+    for result in filter(numbers.has_plots, numbers.load(RESULTS)):
         for path in plots.write_all(result, tmp_path, numbers.stem(result)):
             committed = numbers.ROOT / "docs" / "plots" / path.name
             assert committed.exists() and plots.plot_digest(committed) == plots.plot_digest(path), path.name
+
+
+def test_a_decoder_s_result_is_a_table_without_plots():
+    found = [result for result in numbers.load(RESULTS) if not numbers.has_plots(result)]
+    assert found and {result["kind"] for result in found} == {"vae"}
+    page = numbers.render()
+    assert all(numbers.vae.title(result["settings"]) in page for result in found)
+    assert page.count("| asked for |") == len(found)
 
 
 def test_a_changed_result_is_noticed(tmp_path, monkeypatch):
