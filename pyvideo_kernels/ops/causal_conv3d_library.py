@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..reference import rms_norm_silu as norm_oracle
-from ..reference.causal_conv3d import output_shape, shuffle_factor, spatial_mode, unfold_channels
+from ..reference.causal_conv3d import nothing, output_shape, shuffle_factor, spatial_mode, unfold_channels
 from ..reference.causal_conv3d import with_past as joined
 from ._checks import require_onednn
 from .causal_conv3d import fold_time
@@ -83,11 +83,6 @@ def _norm_silu(y: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
     return z
 
 
-def _nothing(x: Tensor, shape: tuple[int, ...], epilogue: str | None, keep: bool) -> tuple[Tensor, Tensor]:
-    normed = epilogue == "rms_norm_silu"
-    return x.new_zeros(shape if keep or not normed else (0,)), x.new_zeros(shape if normed else (0,))
-
-
 def causal_conv3d_cpu(
     x: Tensor,
     weight: Tensor,
@@ -111,7 +106,7 @@ def causal_conv3d_cpu(
     require_onednn("causal_conv3d", x)
     shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
     if 0 in shape:
-        return _nothing(x, shape, epilogue, keep)
+        return nothing(x, shape, epilogue, keep)
     x, weight, cache, pad_end = fold_time(x, weight, cache, pad_mode, pad_end)
     frames, padding = padded(x, cache, weight, pad_mode, pad_end)
     if bias is not None:
@@ -226,7 +221,7 @@ def causal_conv3d_cudnn(
     refuse_wide("causal_conv3d", _elements(x, weight, pad_end))
     shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
     if 0 in shape:
-        return _nothing(x, shape, epilogue, keep)
+        return nothing(x, shape, epilogue, keep)
     x, weight, cache, pad_end = fold_time(x, weight, cache, pad_mode, pad_end)
     frames, padding = padded(x, cache, weight, pad_mode, pad_end)
     bias = None if bias is None else bias.to(x.dtype)

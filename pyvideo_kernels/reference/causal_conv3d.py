@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import compute_dtype, up
 from .causal_conv3d_samples import samples as samples
+from .rms_norm_silu import rms_norm_silu
 
 # Operands of the product that a kernel may compute in TF32, where torch.backends.cudnn allows that.
 TF32_OPERANDS = ("x", "weight", "cache")
@@ -97,10 +98,10 @@ def unfold_channels(y: Tensor, epilogue: str | None, factor: Sequence[int]) -> T
     return y.reshape(b, t * ft, h * fh, w * fw, c)
 
 
-def norm_silu(y: Tensor, norm_weight: Tensor, norm_eps: float) -> Tensor:
-    """silu(y / max(|y|, eps) * sqrt(C) * weight) in the dtype of ``y``, which is the compute dtype."""
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(norm_eps)
-    return torch.nn.functional.silu(y * (y.shape[-1] ** 0.5 / norm) * up(norm_weight, y.dtype))
+def nothing(x: Tensor, shape: tuple[int, ...], epilogue: str | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """``(y, z)`` of a result without elements."""
+    normed = epilogue == "rms_norm_silu"
+    return x.new_zeros(shape if keep or not normed else (0,)), x.new_zeros(shape if normed else (0,))
 
 
 def causal_conv3d(
@@ -123,9 +124,8 @@ def causal_conv3d(
     ``z`` is the norm of the rounded ``y``: what the modules compute one after the other.
     """
     shape = output_shape(x, weight, stride, pad_end, epilogue, factor)
-    normed = epilogue == "rms_norm_silu"
     if 0 in shape:
-        return x.new_zeros(shape if keep or not normed else (0,)), x.new_zeros(shape if normed else (0,))
+        return nothing(x, shape, epilogue, keep)
     dtype = compute_dtype(x)
     _, _, kt, kh, kw = weight.shape
     frames = with_past(up(x, dtype), None if cache is None else up(cache, dtype), kt - 1, pad_mode, pad_end)
@@ -140,11 +140,10 @@ def causal_conv3d(
     if residual is not None:
         y = y + up(residual, dtype)
     y = y.to(x.dtype).contiguous()
-    if not normed:
+    if epilogue != "rms_norm_silu":
         return y, x.new_empty((0,))
     assert norm_weight is not None
-    z = norm_silu(up(y, dtype), norm_weight, norm_eps).to(x.dtype)
-    return (y if keep else x.new_empty((0,))), z
+    return (y if keep else x.new_empty((0,))), rms_norm_silu(y, norm_weight, norm_eps, True)
 
 
 def summed(
