@@ -47,6 +47,9 @@ def e2e(
         ),
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="True size, no download.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(help="With --random-weights: so many of the transformer's blocks, not all.")
+    ] = None,
     height: Annotated[
         int | None, typer.Option(help="Pixels; sizes, steps and guidance default to the model's own.")
     ] = None,
@@ -74,8 +77,8 @@ def e2e(
     from .e2e import Request, command
 
     request = Request(
-        model=model, variants=tuple(ab or ("eager", "ours")), random_weights=random_weights, height=height, width=width,
-        frames=frames, steps=steps, guidance=guidance, prompt=prompt, seed=seed, rounds=rounds, device=device,
+        model=model, variants=tuple(ab or ("eager", "ours")), random_weights=random_weights, layers=layers,
+        height=height, width=width, frames=frames, steps=steps, guidance=guidance, prompt=prompt, seed=seed, rounds=rounds, device=device,
         dtype=dtype, float32=float32, decode=decode,
     )  # fmt: skip
     finish(lambda: command(request, output))

@@ -34,7 +34,9 @@ NOISY = 0.25
 PHASES = ("step", "denoise", "decode", "total")
 # Two clips through different settings are two measurements, not an old one and a new one. Of the rest (rounds, prompt
 # text) a median does not depend.
-_SAME_CLIP = ("model", "weights", "pipeline", "height", "width", "frames", "steps", "guidance", "dtype", "tokens")
+_SAME_CLIP = (
+    "model", "weights", "layers", "pipeline", "height", "width", "frames", "steps", "guidance", "dtype", "tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Request:
         model: ``tiny``, a diffusers directory, a hub id in the local cache, or an architecture's name.
         variants: as ``--ab`` takes them (``variants.py``); ``eager`` is added if it is not there.
         random_weights: build the architecture at true size with random weights.
+        layers: with random weights: so many blocks of each kind instead of all.
         rounds: timed clips a variant.
         float32: measure errors against the model in float32.
         decode: decode to pixels.
@@ -50,6 +51,7 @@ class Request:
     model: str = "tiny"
     variants: tuple[str, ...] = (BASE, "ours")
     random_weights: bool = False
+    layers: int | None = None
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -72,10 +74,12 @@ class Request:
             raise UsageError(
                 f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}"
             )
-        for option in ("height", "width", "frames", "steps"):
+        for option in ("layers", "height", "width", "frames", "steps"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UsageError(f"--{option} must be 1 or more; got {value}")
+        if self.layers is not None and not self.random_weights:
+            raise UsageError("--layers needs --random-weights: a model with weights of its own comes whole")
         if self.guidance is not None and self.guidance < 0:
             raise UsageError(f"--guidance must be 0 or more; got {self.guidance:g}")
         return self
@@ -157,6 +161,7 @@ def load(
     """The model and its inputs, and the result's ``settings``; ``note`` is told what is being downloaded."""
     if request.random_weights:
         arch = models.architecture(_architecture_name(request.model))
+        arch = arch if request.layers is None else arch.cut(request.layers)
     else:
         arch, _ = models.find(request.model, note)
     clip = arch.clip(request.height, request.width, request.frames)
@@ -191,6 +196,7 @@ def load(
     settings = {
         "model": arch.name,
         "weights": "random" if request.random_weights else "pretrained",
+        "layers": request.layers,
         "pipeline": type(pipe).__name__,
         "height": clip.height,
         "width": clip.width,
@@ -235,6 +241,8 @@ def stem(result: dict[str, Any]) -> str:
     model = settings["model"]
     if settings["weights"] == "random" and "random" not in model:
         model += "-random"
+    if settings.get("layers"):
+        model += f"-{settings['layers']}-layers"
     return f"{model}-{settings['height']}x{settings['width']}x{settings['frames']}-{device}"
 
 

@@ -23,6 +23,10 @@ from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps
 from .variants import map_tensors, sharing_copy
 
 
+# Relative to float32: what fp32 arithmetic in another order may differ by, without and with TF32.
+_FP32_BAND, _TF32_BAND = 1e-5, 5e-3
+
+
 class BrokenVideo(PyVideoError):
     """A variant's video holds values that no video has; there is no quality to speak of."""
 
@@ -49,6 +53,22 @@ def check_not_black(video: np.ndarray, reference: np.ndarray) -> None:
     """
     if video.min() == video.max() and reference.min() != reference.max():
         raise BrokenVideo(f"black or broken video: all of its pixels are {video.flat[0]:.3g}, and eager's are not")
+
+
+def check_error(what: str, error: float, base: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse an error against float32 of more than twice eager's own.
+
+    Args:
+        what: has the error.
+        base: eager's error.
+        dtype, device: what both ran in and on; in float32 eager may be its own reference, and a band is allowed.
+    Raises:
+        BrokenVideo: names both.
+    """
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    limit = max(2 * base, (_TF32_BAND if tf32 else _FP32_BAND) if dtype == torch.float32 else 0.0)
+    if not error <= limit:
+        raise BrokenVideo(f"wrong {what}: error {error:.2e} against float32, at most {limit:.2e}")
 
 
 def frames(decoded: Tensor) -> np.ndarray:

@@ -247,6 +247,8 @@ class Session:
             self._base_error = quality.relative_error(velocity, self._float32_velocity)
         assert self._float32_velocity is not None
         error = quality.relative_error(velocity, self._float32_velocity)
+        if entry.variant.exact and entry is not self.base:
+            quality.check_error("velocity", error, self._base_error, self.source.dtype, self.source.device)
         return {"float32_error": _finite(error), "eager_float32_error": _finite(self._base_error)}
 
     def time(self, entry: Entry) -> None:

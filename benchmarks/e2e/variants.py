@@ -79,6 +79,12 @@ class Variant:
     compile: Compile | None = None
     backend: str | None = None
 
+    @property
+    def exact(self) -> bool:
+        """Whether it computes what the model defines, up to rounding: no attention that leaves out or quantises, and
+        no backend of the user's choice, which may do either."""
+        return (self.accelerate or {}).get("attention") in (None, "dense") and self.backend in (None, BEST)
+
 
 def parse(text: str) -> Variant:
     """One ``--ab``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ ARCHITECTURES: tuple[str, ...] = tuple(
     sorted((path.stem for path in FOLDER.glob("*.json")), key=lambda name: (name.startswith("tiny"), name))
 )
 """Names that ``architecture()`` takes; the small ones for tests come last."""
+_LAYERS = ("num_layers", "num_single_layers")
+"""Keys of a transformer's configuration that say how many blocks of a kind it has."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,24 @@ class Architecture:
         from .families import FAMILIES
 
         return FAMILIES[self.family_name]
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the transformer, of the kind that it has fewest of."""
+        return min(int(self.transformer.config[key]) for key in _LAYERS if key in self.transformer.config)
+
+    def cut(self, layers: int) -> Architecture:
+        """The same model with ``layers`` blocks of each kind: the work of one block, in a fraction of the memory.
+
+        Raises:
+            UsageError: it has not that many.
+        """
+        if not 1 <= layers <= self.layers:
+            raise UsageError(f"--layers must be 1 to {self.layers} for {self.name}; got {layers}")
+        config = {**self.transformer.config}
+        config |= {key: layers for key in _LAYERS if key in config}
+        # Published counts are of the whole model.
+        return replace(self, transformer=replace(self.transformer, config=config), parameters={})
 
     def clip(self, height: int | None = None, width: int | None = None, frames: int | None = None) -> Clip:
         """The geometry of a clip of this model; what is left out is the model's default.

@@ -123,9 +123,11 @@ def machine(result: Mapping[str, Any]) -> str:
 def clip(settings: Mapping[str, Any]) -> str:
     """An end-to-end run's model and clip, in a line."""
     weights = " with random weights" if settings.get("weights") == "random" else ""
+    layers, steps = settings.get("layers"), settings["steps"]
+    model = f"{layers} layer{'s' * (layers != 1)} of {settings['model']}" if layers else settings["model"]
     return (
-        f"{settings['model']}{weights}, {settings['height']}×{settings['width']}, {settings['frames']} frames, "
-        f"{settings['steps']} steps, {short_dtype(str(settings['dtype']))}"
+        f"{model}{weights}, {settings['height']}×{settings['width']}, {settings['frames']} frames, "
+        f"{steps} step{'s' * (steps != 1)}, {short_dtype(str(settings['dtype']))}"
     )
 
 

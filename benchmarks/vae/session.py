@@ -28,8 +28,6 @@ from .traffic import Traffic
 VARIANTS = ("eager", "channels_last", "compile", "ours", "compile+ours")
 """Stock; stock with weights and latents channels last; the stock decoder compiled; accelerate(vae); both."""
 OnEntry = Callable[[str, str, dict[str, Any]], None]
-# Relative to the decoder in float32: what fp32 arithmetic in another order may differ by, without and with TF32.
-_FP32_BAND, _TF32_BAND = 1e-5, 5e-3
 
 
 @dataclass
@@ -158,10 +156,7 @@ class Session:
             error = out["error"] = quality.relative_error(frames, self._reference)
             if name == "eager":
                 self._eager_error = error
-            band = _TF32_BAND if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32 else _FP32_BAND
-            limit = max(2 * self._eager_error, band if self.dtype == torch.float32 else 0.0)
-            if error > limit:
-                raise quality.BrokenVideo(f"wrong frames: error {error:.2e} against float32, at most {limit:.2e}")
+            quality.check_error("frames", error, self._eager_error, self.dtype, self.device)
         shown = quality.frames(frames[:1].clamp(-1, 1))
         if name == "eager":
             self._eager = shown
@@ -208,7 +203,8 @@ class Session:
                 continue
             if entry.seconds:
                 timing = Timing.of(entry.seconds)
-                row |= {"seconds": timing.median, "spread": timing.spread, "first": entry.first}
+                row |= {"seconds": timing.median, "spread": timing.spread, "rounds": timing.rounds}
+                row["first"] = entry.first
                 if base is not None and base.seconds:
                     row["ratio"] = Timing.of(base.seconds).median / timing.median
                 if entry.peaks:

@@ -19,6 +19,7 @@ from pyvideo_kernels.benchmarks.e2e import statements as said
 from pyvideo_kernels.benchmarks.e2e.clips import Clip, Clock, ratios, run_clip, seconds, turns
 from pyvideo_kernels.benchmarks.e2e.session import Session, Source
 from pyvideo_kernels.benchmarks.e2e.variants import parse, parse_all
+from pyvideo_kernels.benchmarks.report import tables
 from pyvideo_kernels.error_types import ModelError, UsageError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, Interrupted
 
@@ -177,6 +178,13 @@ def test_statements_name_both_sides_their_kernels_the_clip_and_the_machine():
     ("request_", "error", "words"),
     [
         (Request(rounds=2), UsageError, "--rounds must be 3 or more"),
+        (Request(layers=2), UsageError, "--layers needs --random-weights"),
+        (Request(layers=0, random_weights=True), UsageError, "--layers must be 1 or more"),
+        (
+            Request(model="tiny-random-wan", random_weights=True, device="cpu", layers=3),
+            UsageError,
+            "--layers must be 1 to 2 for tiny-random-wan; got 3",
+        ),
         (Request(dtype="bf61"), UsageError, "did you mean 'bf16'?"),
         (Request(steps=0), UsageError, "--steps must be 1 or more"),
         (Request(guidance=-1.0), UsageError, "--guidance"),
@@ -297,6 +305,31 @@ def test_a_broken_op_gets_no_number(source, quick, monkeypatch):
     assert rows["ours"]["error"].startswith("BrokenVideo: black or broken video")
     assert not {"seconds", "quality", "ratio"} & set(rows["ours"])
     assert ("round", "ours") not in events and "seconds" in rows["eager:backend=_native_math"]
+
+
+def test_an_op_that_is_a_little_wrong_gets_no_speed_and_an_attention_that_approximates_does(source, quick, monkeypatch):
+    from pyvideo_kernels.integrations.diffusers import wan_forwards
+
+    right = wan_forwards.gate_residual
+    monkeypatch.setattr(wan_forwards, "gate_residual", lambda x, y, gate, **more: right(x, 1.1 * y, gate, **more))
+    rows, events = _rows(source, "ours", "ours:attention=window=1x2x2,dense_steps=0")
+    assert rows["ours"]["error"].startswith("BrokenVideo: wrong velocity: error ") and "seconds" not in rows["ours"]
+    assert ("round", "ours") not in events and e2e.failed({"rows": list(rows.values())}, parse_all(["ours"]))
+    assert "seconds" in rows["ours:attention=window=1x2x2,dense_steps=0"]
+
+
+def test_the_limit_of_an_error_is_twice_eagers_or_the_band_of_float32(monkeypatch):
+    quality.check_error("velocity", 2e-3, 1e-3, torch.bfloat16, CPU)
+    quality.check_error("velocity", 1e-5, 0.0, torch.float32, CPU)
+    for error, base, dtype in (
+        (2.01e-3, 1e-3, torch.bfloat16),
+        (1.1e-5, 0.0, torch.float32),
+        (float("nan"), 1.0, torch.bfloat16),
+    ):
+        with pytest.raises(quality.BrokenVideo, match="wrong velocity: error"):
+            quality.check_error("velocity", error, base, dtype, CPU)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    quality.check_error("velocity", 4e-3, 0.0, torch.float32, torch.device("cuda"))
 
 
 def test_what_turns_wrong_later_loses_its_numbers(source, quick, monkeypatch):
@@ -511,6 +544,15 @@ def test_without_matplotlib_it_says_so_and_writes_the_rest(tmp_path, monkeypatch
     paths = e2e.write_all(result, tmp_path, e2e.Console(3))
     assert [path.name for path in paths] == ["m-random-1x2x3-big-card-80gb.json", "m-random-1x2x3-big-card-80gb.md"]
     assert "no plots: " in capsys.readouterr().err
+
+
+def test_a_model_cut_to_a_layer_says_so_in_settings_title_and_file(monkeypatch):
+    one = replace(TINY, layers=1, variants=("eager",))
+    source, settings = e2e.load(one, CPU, torch.bfloat16)
+    assert len(source.pipe.transformer.blocks) == 1 and settings["layers"] == 1
+    assert tables.clip(settings).startswith("1 layer of tiny-random-wan with random weights, 32×32, 5 frames, 2 steps")
+    assert e2e.stem({"settings": settings, "provenance": {"device": "cpu"}}) == "tiny-random-wan-1-layers-32x32x5-cpu"
+    assert e2e.load(TINY, CPU, torch.bfloat16)[1]["layers"] is None
 
 
 def test_a_hub_id_names_its_architecture():

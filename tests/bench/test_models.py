@@ -67,6 +67,19 @@ def test_every_file_is_an_architecture_and_lies_beside_its_module() -> None:
 
 
 @pytest.mark.parametrize("name", BIG)
+def test_a_cut_model_has_so_many_blocks_of_each_kind(name: str) -> None:
+    arch = models.architecture(name)
+    cut = arch.cut(1)
+    before, after = arch.transformer.config, cut.transformer.config
+    assert {key for key in after if after[key] != before[key]} == {
+        key for key in ("num_layers", "num_single_layers") if key in before
+    }
+    assert cut.layers == 1 and cut.clip() == replace(arch.clip(), arch=cut) and not cut.parameters
+    with pytest.raises(UsageError, match=f"--layers must be 1 to {arch.layers} for {name}"):
+        arch.cut(arch.layers + 1)
+
+
+@pytest.mark.parametrize("name", BIG)
 def test_parameters_are_those_published(name: str) -> None:
     arch = models.architecture(name)
     modules = {"transformer": skeleton(arch.transformer), "vae": skeleton(arch.vae)}
