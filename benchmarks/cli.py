@@ -78,8 +78,8 @@ def e2e(
 
     request = Request(
         model=model, variants=tuple(ab or ("eager", "ours")), random_weights=random_weights, layers=layers,
-        height=height, width=width, frames=frames, steps=steps, guidance=guidance, prompt=prompt, seed=seed, rounds=rounds, device=device,
-        dtype=dtype, float32=float32, decode=decode,
+        height=height, width=width, frames=frames, steps=steps, guidance=guidance, prompt=prompt, seed=seed,
+        rounds=rounds, device=device, dtype=dtype, float32=float32, decode=decode,
     )  # fmt: skip
     finish(lambda: command(request, output))
 

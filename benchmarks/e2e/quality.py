@@ -22,7 +22,6 @@ from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps
 
 from .variants import map_tensors, sharing_copy
 
-
 # Relative to float32: what fp32 arithmetic in another order may differ by, without and with TF32.
 _FP32_BAND, _TF32_BAND = 1e-5, 5e-3
 
