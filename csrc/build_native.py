@@ -1,6 +1,7 @@
 """Builds csrc/ into one extension module with ninja.
 
     python csrc/build_native.py --output DIR [--build-dir DIR] [--cuda-archs "80;90a;100a;120a"]
+    python csrc/build_native.py --output DIR --build-dir DIR --sanitize address,undefined|thread [--march x86-64-v4]
 
 setup.py calls ``build``. CPU code is always built; CUDA code only for the architectures that ``cuda_plan`` decides
 on, so that a machine without a card never waits for nvcc. Tensors and registration go through torch's stable ABI, so
@@ -14,11 +15,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,6 +30,16 @@ CSRC = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020b000000000000"
 # Architectures with features that only the "a" target exposes (wgmma, tcgen05, ...).
 SPECIFIC = {"90": "90a", "100": "100a", "103": "103a", "120": "120a"}
+
+# -O1 keeps the build short and the lines of a report true. One version of every kernel (PYVIDEO_BASELINE): where there
+# are several, the loader asks which to take before the sanitizer's runtime is there, and that code is instrumented too.
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DPYVIDEO_BASELINE"]
+SANITIZERS = {
+    "address": ["-fsanitize=address"],
+    # Types of other libraries' objects cannot be looked up in them: they hide their type information.
+    "undefined": ["-fsanitize=undefined", "-fno-sanitize=vptr"],
+    "thread": ["-fsanitize=thread", "-DPYVIDEO_STD_THREADS"],
+}
 
 
 class BuildError(Exception):
@@ -158,7 +171,59 @@ def _quote(value: str | Path) -> str:
     return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: Path, nvcc: str | None) -> str:
+def sanitizer_flags(sanitize: str, march: str = "") -> list[str]:
+    """Compiler flags of a build under ``"address,undefined"`` or ``"thread"``, at one level of the instruction set."""
+    names = [name for name in sanitize.split(",") if name]
+    if not names or not set(names) <= SANITIZERS.keys() or ("thread" in names and len(names) > 1):
+        raise BuildError(f"--sanitize takes address, undefined, both with a comma, or thread; got {sanitize!r}")
+    return [*SANITIZED, *(flag for name in names for flag in SANITIZERS[name]), *([f"-march={march}"] if march else [])]
+
+
+def sanitizer_runtime(sanitize: str) -> list[Path]:
+    """The libraries that Python must be started with (LD_PRELOAD) before it loads a build under ``sanitize``."""
+    compiler = find_compiler()
+    first = sanitize.split(",")[0]
+    if _is_clang(compiler):
+        # Named after the machine, or in a folder that is; UBSan's is a part of ASan's.
+        kind = "ubsan_standalone" if first == "undefined" else first[0] + "san"
+        names = [f"libclang_rt.{kind}-{platform.machine()}.so", f"libclang_rt.{kind}.so"]
+    else:
+        names = [f"lib{'ub' if first == 'undefined' else first[0]}san.so"]
+    runtime = next((path for name in names if (path := _library(compiler, name))), None)
+    if runtime is None:
+        raise BuildError(
+            f"{shlex.join(compiler)} has no {' or '.join(names)} (Debian: libgcc-*-dev, libclang-rt-*-dev)"
+        )
+    # The runtime looks for the library's throw when Python starts, which alone has no C++ in it.
+    standard = _library(compiler, "libstdc++.so.6")
+    return [runtime, standard] if standard else [runtime]
+
+
+def _library(compiler: list[str], name: str) -> Path | None:
+    """A shared library of the compiler's."""
+    # A compiler that does not find it prints the name it was asked for.
+    path = Path(_output(*compiler, f"-print-file-name={name}") or name)
+    if not path.is_absolute() or not path.is_file():
+        return None
+    head = path.read_bytes()[:4096]
+    if head[:4] != b"\x7fELF":  # a linker script, as Fedora's: INPUT ( /usr/lib64/libasan.so.8.0.0 )
+        found = re.search(rb"(/\S+\.so\S*)", head)
+        return Path(found[1].decode()) if found else None
+    return path.resolve()
+
+
+def _is_clang(compiler: list[str]) -> bool:
+    return "clang" in _output(*compiler, "--version").lower()
+
+
+def _ninja_file(
+    target: Path,
+    info: BuildInfo,
+    compiler: list[str],
+    torch_root: Path,
+    nvcc: str | None,
+    sanitizer: Sequence[str] = (),
+) -> str:
     """The text of build.ninja: one rule for C++, one for CUDA, one link."""
     include = [
         f"-I{CSRC}",
@@ -183,7 +248,7 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
         "ninja_required_version = 1.5",
         f"cxx = {shlex.join(compiler)}",
         f"common = {' '.join(common).replace('$', '$$')}",
-        f"cxxflags = {' '.join(cxx)}",
+        f"cxxflags = {' '.join([*cxx, *sanitizer])}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $cxxflags $common -c $in -o $out",
         "  depfile = $out.d",
@@ -191,6 +256,10 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
         "  description = c++ $in",
     ]
     sources = [CSRC / "module.cpp", *sorted(CSRC.glob("*/*_cpu.cpp"))]
+    if sanitizer:
+        sources.append(CSRC / "testing" / "planted.cpp")
+        link += [flag for flag in sanitizer if flag.startswith("-fsanitize=")]
+        link += ["-shared-libsan"] if _is_clang(compiler) else []
     if info.cuda_archs:
         assert nvcc is not None
         root = _cuda_root(nvcc)
@@ -218,6 +287,9 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
         obj = source.relative_to(CSRC).as_posix().replace("/", ".") + ".o"
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         lines.append(f"build {obj}: {rule} {_quote(source)}")
+        if sanitizer and source.name == "module.cpp":
+            # Holds no kernel, and pybind11 takes the compiler longest.
+            lines.append(f"  cxxflags = {' '.join(cxx)} -O0")
         objects.append(obj)
     lines += [
         f"ldflags = {' '.join(link).replace('$', '$$')}",
@@ -230,14 +302,26 @@ def _ninja_file(target: Path, info: BuildInfo, compiler: list[str], torch_root: 
     return "\n".join(lines) + "\n"
 
 
-def build(target: Path, build_dir: Path, cuda_archs: str | None = None, *, verbose: bool = False) -> BuildInfo:
-    """Builds ``target`` (the ``_C*.so``). Never raises for a machine that cannot: ``why_not`` says so in one line."""
+def build(
+    target: Path,
+    build_dir: Path,
+    cuda_archs: str | None = None,
+    *,
+    sanitize: str = "",
+    march: str = "",
+    verbose: bool = False,
+) -> BuildInfo:
+    """Builds ``target`` (the ``_C*.so``). Never raises for a machine that cannot: ``why_not`` says so in one line.
+
+    With ``sanitize``, a build for the tests: needs a ``build_dir`` of its own, and ``sanitizer_runtime`` to load.
+    """
     info = BuildInfo()
     try:
         if sys.platform != "linux":
             raise BuildError(f"the extension is built on Linux only; this is {sys.platform}")
         torch_root, info.torch = _torch_paths()
         compiler = find_compiler()
+        sanitizer = sanitizer_flags(sanitize, march) if sanitize else []
         version = _output(*compiler, "--version").splitlines()
         if not version:
             raise BuildError(f"the C++ compiler {compiler[0]} does not run")
@@ -248,7 +332,7 @@ def build(target: Path, build_dir: Path, cuda_archs: str | None = None, *, verbo
         ninja = _ninja()
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = _ninja_file(target.resolve(), info, compiler, torch_root, nvcc)
+        text = _ninja_file(target.resolve(), info, compiler, torch_root, nvcc, sanitizer)
         path = build_dir / "build.ninja"
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
@@ -273,10 +357,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder that receives _C*.so and _build_info.json")
     parser.add_argument("--build-dir", type=Path, default=Path("build/native"))
     parser.add_argument("--cuda-archs", help='for example "80;90a;100a;120a", or none')
+    parser.add_argument("--sanitize", default="", help="a build for the tests: address,undefined or thread")
+    parser.add_argument("--march", default="", help="with --sanitize: the instruction set, e.g. x86-64-v4")
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     target = args.output / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    info = build(target, args.build_dir, args.cuda_archs, verbose=args.verbose)
+    archs = "none" if args.sanitize else args.cuda_archs
+    info = build(target, args.build_dir, archs, sanitize=args.sanitize, march=args.march, verbose=args.verbose)
     info.save(args.output)
     print(
         f"built {target} (CUDA: {';'.join(info.cuda_archs) or 'no'})" if info.native else f"not built: {info.why_not}"

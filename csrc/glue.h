@@ -11,6 +11,9 @@
 
 #include "common/check.h"
 #include "common/rows.h"
+#if defined(PYVIDEO_STD_THREADS)
+#include "testing/std_threads.h"
+#endif
 
 namespace pyvideo {
 
@@ -97,14 +100,26 @@ inline int64_t row_count(const std::vector<int64_t>& shape) {
   return rows;
 }
 
-// Calls body(begin, end) on torch's own thread pool, so torch.set_num_threads holds. A thread gets at least about
-// 32 k elements: below that waking it costs more than it saves.
+// Calls body(begin, end) on torch's own thread pool, so torch.set_num_threads holds; a thread gets at least `grain` of
+// the range. In the build for ThreadSanitizer the threads are plain ones and every range is split: the barriers of an
+// OpenMP runtime that was not built for it look like none, and nothing would be learnt from what one thread does.
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  if (begin >= end) {
+    return;
+  }
+#if defined(PYVIDEO_STD_THREADS)
+  split_over_threads(begin, end, torch::stable::get_num_threads(), body);
+#else
+  torch::stable::parallel_for(begin, end, grain, body);
+#endif
+}
+
+// parallel_for over rows of `width` elements. A thread gets at least about 32 k of them: below that waking it costs
+// more than it saves.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t width, const Body& body) {
-  const int64_t grain = 32768 / (width > 0 ? width : 1) + 1;
-  if (rows > 0) {
-    torch::stable::parallel_for(0, rows, grain, body);
-  }
+  parallel_for(0, rows, 32768 / (width > 0 ? width : 1) + 1, body);
 }
 
 }  // namespace pyvideo

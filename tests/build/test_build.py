@@ -140,3 +140,57 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     assert package.startswith(str(tmp_path)) and kernel.startswith(str(tmp_path))
     assert "CXX=no-such-compiler" in reason
     assert float(total) == pytest.approx(8, rel=1e-5)
+
+
+def test_a_sanitized_build_has_its_own_flags_and_the_planted_faults(builder):
+    info = builder.BuildInfo(torch="2.13.0")
+
+    def text(*sanitizer):
+        return builder._ninja_file(Path("/out/_C.so"), info, ["g++"], Path("/torch"), None, sanitizer)
+
+    plain, asan = text(), text(*builder.sanitizer_flags("address,undefined", "x86-64-v4"))
+    assert "sanitize" not in plain and "planted" not in plain and "PYVIDEO_BASELINE" not in plain
+    flags = next(line for line in asan.splitlines() if line.startswith("cxxflags = "))
+    for flag in ("-fsanitize=address", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-march=x86-64-v4"):
+        assert flag in flags.split()
+    assert flags.split().index("-O1") > flags.split().index("-O3")
+    assert "-DPYVIDEO_STD_THREADS" not in asan
+    linked = next(line for line in asan.splitlines() if line.startswith("ldflags = ")).split()
+    assert "-fsanitize=address" in linked and "-fsanitize=undefined" in linked and "-march=x86-64-v4" not in linked
+    assert "testing.planted.cpp.o" in next(line for line in asan.splitlines() if ": link " in line)
+    assert "-DPYVIDEO_STD_THREADS" in builder.sanitizer_flags("thread")
+
+
+@pytest.mark.parametrize("names", ["", "memory", "address,thread", "thread,undefined"])
+def test_sanitizers_that_do_not_exist_or_go_together_are_refused(builder, names):
+    with pytest.raises(builder.BuildError, match="address, undefined"):
+        builder.sanitizer_flags(names)
+
+
+def test_the_runtime_of_a_sanitizer_is_that_of_the_compiler_or_said_to_be_missing(builder, monkeypatch, tmp_path):
+    def compiler(version, *libraries):
+        """A compiler that knows these libraries."""
+        path = tmp_path / "cxx"
+        cases = "".join(f"-print-file-name={name}) echo {tmp_path / name};; " for name in libraries)
+        path.write_text(
+            f'#!/bin/sh\ncase "$1" in --version) echo "{version}";; {cases}*) echo "${{1#-print-file-name=}}";; esac\n'
+        )
+        path.chmod(0o755)
+        for name in libraries:
+            (tmp_path / name).write_bytes(b"\x7fELF")
+        monkeypatch.setenv("CXX", str(path))
+
+    compiler("g++ (Debian 12.2.0) 12.2.0", "libasan.so", "libtsan.so")
+    assert [path.name for path in builder.sanitizer_runtime("address,undefined")] == ["libasan.so"]
+    # Without the C++ library before it, ASan's runtime does not know how to throw in Python.
+    compiler("g++ (GCC) 15.1.0", "libtsan.so", "libstdc++.so.6")
+    (tmp_path / "libtsan.so").write_text(f"/* GNU ld script */ INPUT ( {tmp_path}/libtsan.so.2.0.0 )\n")
+    assert [path.name for path in builder.sanitizer_runtime("thread")] == ["libtsan.so.2.0.0", "libstdc++.so.6"]
+    with pytest.raises(builder.BuildError, match="has no libubsan.so"):
+        builder.sanitizer_runtime("undefined")
+    monkeypatch.setattr(builder.platform, "machine", lambda: "x86_64")
+    compiler("Debian clang version 16.0.6", "libclang_rt.asan-x86_64.so", "libclang_rt.ubsan_standalone.so")
+    assert builder.sanitizer_runtime("address,undefined")[0].name == "libclang_rt.asan-x86_64.so"
+    assert builder.sanitizer_runtime("undefined")[0].name == "libclang_rt.ubsan_standalone.so"
+    with pytest.raises(builder.BuildError, match="has no libclang_rt.tsan-x86_64.so or libclang_rt.tsan.so"):
+        builder.sanitizer_runtime("thread")
