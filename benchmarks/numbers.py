@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyvideo_kernels.benchmarks.goals as goals
 import pyvideo_kernels.benchmarks.report.plots as plots
 import pyvideo_kernels.benchmarks.report.tables as tables
 import pyvideo_kernels.benchmarks.results as results
@@ -40,6 +41,12 @@ is its time over ours. Rates are shares of the machine's own large copy or matri
 input that fits in a CPU's cache can pass 100 %. ± is half the interquartile range of the rounds. A row whose
 correctness check was red has no speed. How it is measured: [benchmarks.md](benchmarks.md). Measure your own machine
 with `make bench`.
+"""
+
+GOALS = """What the kernels are asked to reach where there is no GPU (`benchmarks/goals.py`), each line from one of the
+results below: the baseline's median over ours, ± what the spreads of both make of it; "within spread" lies below by
+less than ±. Ops are judged from [1, 4096, 1536] on, in the dtype that the sampler runs in. The goals were set for two
+cores with `avx512_bf16`.
 """
 
 # What makes two files one table: a campaign measures op by op.
@@ -151,6 +158,8 @@ def render(folder: Path | None = None, drawn: Path | None = None, tables_in: Pat
         ("VAE decoders on CPUs", "vae", "cpu", ""),
     ):
         chosen = [r for r in found if r["kind"] == kind and r["provenance"]["device"] == device]
+        if title == "Ops on CPUs":
+            parts += _goals(found, "## ")
         if chosen or nothing:
             parts.append(f"## {title}\n")
             parts += [section(result, drawn) for result in chosen] or [f"{nothing}\n"]
@@ -158,13 +167,29 @@ def render(folder: Path | None = None, drawn: Path | None = None, tables_in: Pat
     return "\n".join(parts)
 
 
-def report(paths: Iterable[Path], into: Path, title: str, *, dry: bool = False) -> list[Path]:
+def _goals(found: Iterable[Mapping[str, Any]], heading: str) -> Iterator[str]:
+    """What each CPU's results say of the goals; a table that is made of them, and holds no number of its own."""
+    machines: dict[str, list[Mapping[str, Any]]] = {}
+    for result in found:
+        if result["provenance"]["device"] == "cpu":
+            machines.setdefault(tables.machine(result), []).append(result)
+    if machines:
+        yield f"{heading}Goals on CPUs\n"
+        yield GOALS
+    for machine, measured in machines.items():
+        judged = goals.outcomes(measured)
+        yield f"{heading.strip()}# {machine}\n\n{goals.summary(judged)}.\n"
+        yield tables.to_markdown(goals.table(judged))
+
+
+def report(paths: Iterable[Path], into: Path, title: str, *, dry: bool = False, judged: bool = False) -> list[Path]:
     """These results as a page, ``into/numbers.md``, and plots in ``into/plots/``; returns what was written.
 
     Without matplotlib the page has no plots, and says so.
 
     Args:
         dry: they are of a dry campaign.
+        judged: say which of the goals for CPUs they reach.
     """
     found, drawn = merged(paths, dry=dry), into / "plots"
     into.mkdir(parents=True, exist_ok=True)
@@ -174,6 +199,8 @@ def report(paths: Iterable[Path], into: Path, title: str, *, dry: bool = False) 
         pictures = draw(found, drawn)
     except UnsupportedError as error:
         parts.append(f"{error}\n")
+    if judged:
+        parts += _goals(found, "## ")
     parts += [section(result, drawn) for result in found]
     return [write_text(into / "numbers.md", "\n".join(parts)), *pictures]
 

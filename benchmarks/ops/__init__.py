@@ -20,7 +20,7 @@ from pyvideo_kernels.error_types import UnsupportedError, ValueOptionError
 from pyvideo_kernels.sampler.problems import Exit, Interrupted, OutputError, did_you_mean
 from pyvideo_kernels.schemas import OPS
 
-from .. import results
+from .. import goals, results
 from ..registry import ENTRIES
 from ..timing import ceilings, dtype_name
 from .row import Row, Runner
@@ -115,6 +115,7 @@ def run(
         "provenance": results.provenance(device),
         "settings": {
             "dtype": dtype_name(dtype),
+            "sampler_dtype": dtype_name(goals.sampler_dtype(device)),
             "rounds": rounds,
             "impl": impl,
             "baselines": None if wanted is None else list(wanted),

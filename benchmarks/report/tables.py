@@ -305,8 +305,12 @@ def _line(text: str) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table in GitHub's markdown, its notes as a list under it."""
-    made = table(result)
+    """A result's table in GitHub's markdown, its notes as a list under it."""
+    return to_markdown(table(result))
+
+
+def to_markdown(made: Table) -> str:
+    """A table in GitHub's markdown."""
     lines = [
         _row(column.title for column in made.columns),
         "|" + "|".join("---:" if column.numeric else "---" for column in made.columns) + "|",
@@ -318,12 +322,16 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def rich_table(result: Mapping[str, Any]) -> RichTable:
-    """The table for a terminal, with its notes as the caption."""
+    """A result's table for a terminal, with its notes as the caption."""
+    return to_rich(table(result))
+
+
+def to_rich(made: Table) -> RichTable:
+    """A table for a terminal."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = table(result)
     # Text, not strings: a kernel's name may contain what rich takes for markup.
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for column in made.columns:
