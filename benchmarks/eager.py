@@ -88,6 +88,10 @@ def patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
 def final_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, grid: Any, patch: Any) -> Tensor:
     y = F.linear(layer_norm_modulate(x, scale, shift), weight, bias)
     y = y.reshape(x.shape[0], *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)

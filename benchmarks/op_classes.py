@@ -45,6 +45,7 @@ PYVIDEO_KINDS = {
     "guidance_step": "pointwise",
     "unipc_step": "pointwise",
     "patch_embed3d": "gemm",
+    "linear_gelu": "gemm",
     "spacetime_attention": "attention",
     "int8_attention": "attention",
     "fp8_attention": "attention",

@@ -82,6 +82,14 @@ EMBED_GPU: Shapes = {
 FINAL_GPU: Shapes = {name: EMBED_GPU[name] for name in ("wan-1.3b-480p", "wan-14b-720p", "wan-5b-704p")}
 EMBED_CPU: Shapes = {"wan-1.3b-256": {"grid": (5, 16, 16), "width": 1536, "channels": 16}}
 
+# The first half of a feed-forward network.
+FFN_GPU: Shapes = {
+    "wan-1.3b-480p": {"tokens": prod(WAN_480P), "width": 1536, "ffn": 8960},
+    "wan-14b-480p": {"tokens": prod(WAN_480P), "width": 5120, "ffn": 13824},
+    "wan-5b-704p": {"tokens": prod(WAN_5B_704P), "width": 3072, "ffn": 14336},
+}
+FFN_CPU: Shapes = {"wan-1.3b-1k": {"tokens": 1024, "width": 1536, "ffn": 8960}}
+
 ATTENTION_GPU: Shapes = {
     "wan-1.3b-480p": {"grid": WAN_480P, "heads": 12, "head_dim": 128},
     "wan-14b-480p": {"grid": WAN_480P, "heads": 40, "head_dim": 128},

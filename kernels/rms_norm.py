@@ -46,7 +46,7 @@ def _rms_norm_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * d + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _places(x: Tensor) -> tuple[tuple[int, ...], int]:
+def places(x: Tensor) -> tuple[tuple[int, ...], int]:
     """Sizes and strides that `row_offsets` takes for the rows of ``x``, and how many dimensions it needs."""
     dims = collapse_rows(x)
     sizes, strides = zip(*([(1, 0)] * (4 - len(dims)) + dims), strict=True)
@@ -59,12 +59,12 @@ def launch_fwd(x: Tensor, y: Tensor, weight: Tensor | None, eps: float, config: 
         return
     d = x.shape[-1]
     n_rows = x.numel() // d
-    places, dims = _places(x)
+    where, dims = places(x)
     with on_device(x):
         _rms_norm_fwd_kernel[(cdiv(n_rows, config.rows),)](
             x, y, weight,
             n_rows, d, eps,
-            *places,
+            *where,
             weight is not None, dims, config.rows, config.block_d,
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -145,12 +145,12 @@ def launch_bwd(
     """Write contiguous ``dx`` and the fp32 sums ``dweight [chunks, D]``, those given; ``dy`` is contiguous."""
     d = x.shape[-1]
     n_rows = x.numel() // d
-    places, dims = _places(x)
+    where, dims = places(x)
     rstd = None if dweight is None else x.new_empty((n_rows,), dtype=torch.float32)
     with on_device(x):
         _rms_norm_dx_kernel[(cdiv(n_rows, config.rows),)](
             dy, x, dx, rstd, weight,
-            n_rows, d, eps, *places,
+            n_rows, d, eps, *where,
             weight is not None, dx is not None, rstd is not None,
             dims, config.rows, config.block_d,
             num_warps=config.num_warps,
@@ -158,7 +158,7 @@ def launch_bwd(
         if dweight is not None:
             _rms_norm_dweight_kernel[(dweight.shape[0], cdiv(d, sum_config.block_d))](
                 dy, x, rstd, dweight,
-                n_rows, d, *places,
+                n_rows, d, *where,
                 dims, sum_config.chunk, sum_config.rows, sum_config.block_d,
                 num_warps=sum_config.num_warps,
             )  # fmt: skip

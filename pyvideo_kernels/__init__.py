@@ -25,6 +25,7 @@ _EXPORTS = {
     "qk_norm_rope_": "pyvideo_kernels.ops.qk_norm_rope",
     "patch_embed3d": "pyvideo_kernels.ops.patch_embed3d",
     "final_layer": "pyvideo_kernels.ops.final_layer",
+    "linear_gelu": "pyvideo_kernels.ops.linear_gelu",
     "spacetime_attention": "pyvideo_kernels.ops.spacetime_attention",
     "merge_attention": "pyvideo_kernels.ops.spacetime_attention",
     "spacetime_attention_cost": "pyvideo_kernels.ops.attention_cost",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .ops.int8_attention import fp8_attention as fp8_attention
     from .ops.int8_attention import int8_attention as int8_attention
     from .ops.layer_norm_modulate import layer_norm_modulate as layer_norm_modulate
+    from .ops.linear_gelu import linear_gelu as linear_gelu
     from .ops.patch_embed3d import patch_embed3d as patch_embed3d
     from .ops.pixel_norm_silu import pixel_norm_silu as pixel_norm_silu
     from .ops.qk_norm_rope import qk_norm_rope as qk_norm_rope

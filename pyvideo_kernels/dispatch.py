@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .recording import Recorder
     from .schemas import Op
 
-IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash", "cudnn")
+IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash", "cudnn", "cublas")
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "cpu": ("cpu", "reference"),
@@ -196,9 +196,9 @@ def _in_order(place: str) -> Callable[..., tuple[tuple[str, ...], str]]:
 
 def _require(op: Op, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
     """What ``impl`` hands over to, empty if it is ours; raises UnsupportedError where that does not serve this."""
-    if impl == "cudnn":
-        module = importlib.import_module(op.impls["cudnn"].partition(":")[0])
-        return str(module.cudnn_for_auto())
+    if impl in ("cudnn", "cublas"):
+        module = importlib.import_module(op.impls[impl].partition(":")[0])
+        return str(getattr(module, f"{impl}_for_auto")())
     if impl != "flash":
         return ""
     from .ops import flash_attention

@@ -162,6 +162,20 @@ _ROWS: tuple[Op, ...] = (
         differentiable=("x", "scale", "shift", "weight", "bias"),
     ),
     Op(
+        "linear_gelu",
+        "(Tensor x, Tensor weight, Tensor? bias, str approximate, str impl) -> Tensor",
+        fakes.linear_gelu,
+        # On the CPU oneDNN's product is the kernel; on CUDA the library's stands first, as it does for other products.
+        {
+            **_impls("linear_gelu", "triton"),
+            "cublas": "pyvideo_kernels.ops.linear_gelu_library:linear_gelu_cublas",
+            "cpu": "pyvideo_kernels.ops.linear_gelu_library:linear_gelu_cpu",
+        },
+        auto={"cuda": ("cublas", "triton", "reference")},
+        in_order="pyvideo_kernels.ops.linear_gelu_library:in_order",
+        differentiable=("x", "weight", "bias"),
+    ),
+    Op(
         "spacetime_attention",
         "(Tensor q, Tensor k, Tensor v, SymInt[] grid, int[]? window, int[] stride, bool causal_time, "
         "SymInt text_len, str text_side, Tensor? kv_lens, float scale, bool return_lse, str precision, str impl) "

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 VERIFIED = Path(__file__).with_name("verified.json")
 
-LIBRARIES = ("flash", "cudnn")
+LIBRARIES = ("flash", "cudnn", "cublas")
 """Implementations that are another project's binary; each takes only a part of what its op does."""
 
 _PACKAGE = "pyvideo_kernels"
@@ -95,6 +95,10 @@ def digest(op: Op, impl: str) -> str:
         from .collect_env import cudnn_version
 
         return f"cuDNN {cudnn_version()}"
+    if impl == "cublas":
+        from .ops import linear_gelu_library
+
+        return f"cuBLASLt {linear_gelu_library.cublas_version()}"
     if impl in LIBRARIES:
         from .ops import flash_attention
 

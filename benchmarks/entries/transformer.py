@@ -122,6 +122,22 @@ def _embed_flops(grid: Any, width: int, channels: int) -> float:
     return 2.0 * prod(grid) * width * channels * 4
 
 
+def _ffn_inputs(tokens: int, width: int, ffn: int, dtype: Any, device: Any) -> dict[str, Any]:
+    return {
+        "x": rand(1, tokens, width, dtype=dtype, device=device),
+        "weight": rand(ffn, width, dtype=dtype, device=device) * 0.02,
+        "bias": rand(ffn, dtype=dtype, device=device),
+    }
+
+
+def _ffn_bytes(tokens: int, width: int, ffn: int, dtype: torch.dtype) -> int:
+    return (tokens * width + ffn * width + ffn + tokens * ffn) * dtype.itemsize
+
+
+def _ffn_flops(tokens: int, width: int, ffn: int) -> float:
+    return 2.0 * tokens * width * ffn
+
+
 def _final_inputs(grid: Any, width: int, channels: int, dtype: Any, device: Any) -> dict[str, Any]:
     return {
         **_norm_inputs(prod(grid), width, dtype, device),
@@ -149,6 +165,7 @@ ENTRIES = (
     Entry("qk_norm_rope_", shapes.QK_IN_PLACE_GPU, shapes.QK_IN_PLACE_CPU, qk_inputs, eager.qk_norm_rope, qk_bytes),
     Entry("patch_embed3d", shapes.EMBED_GPU, shapes.EMBED_CPU, _embed_inputs, eager.patch_embed3d, _embed_bytes,
           _embed_flops, convolves=True),
+    Entry("linear_gelu", shapes.FFN_GPU, shapes.FFN_CPU, _ffn_inputs, eager.linear_gelu, _ffn_bytes, _ffn_flops),
     Entry("final_layer", shapes.FINAL_GPU, shapes.EMBED_CPU, _final_inputs, eager.final_layer, _final_bytes,
           _embed_flops),
 )  # fmt: skip

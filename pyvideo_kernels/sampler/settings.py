@@ -18,7 +18,7 @@ from .problems import did_you_mean
 SCHEDULERS = ("unipc", "euler")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 OFFLOADS = ("none", "model", "group")
-IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash", "cudnn")
+IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash", "cudnn", "cublas")
 
 # Its text, or in files and in Python the mapping that accelerate() takes.
 Attention = str | Mapping[str, Any]

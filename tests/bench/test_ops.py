@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 TOPS = {"copy": 1e10, "gemm": 1e11, "gemms": {"float32": 1e11}}
 SMALL = {
     "tokens": 6, "width": 32, "heads": 2, "grid": (2, 3, 4), "channels": 8, "head_dim": 16, "shape": (1, 4, 2, 4, 4),
+    "ffn": 48,
 }  # fmt: skip
 TINY = {"tokens": 6, "width": 32, "heads": 2}
 

@@ -94,6 +94,7 @@ WAN_OPS = {
     "rms_norm",
     "qk_norm_rope",
     "patch_embed3d",
+    "linear_gelu",
     "final_layer",
 }
 

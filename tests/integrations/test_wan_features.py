@@ -74,8 +74,12 @@ def test_lora_before_and_after(first):
         add_lora(model)
     assert (run(stock, arguments) - plain).abs().max() > 0.01  # the adapter does something
     same_as_stock(model, stock, arguments)
-    assert report.fallbacks() == {"final_layer": {"proj_out is a Linear that is not swapped": 1}}
-    assert used(report) == WAN_OPS - {"final_layer"}
+    # Two blocks, each with an adapter on its feed-forward network.
+    assert report.fallbacks() == {
+        "final_layer": {"proj_out is a Linear that is not swapped": 1},
+        "linear_gelu": {"proj is a Linear that is not swapped": 2},
+    }
+    assert used(report) == WAN_OPS - {"final_layer", "linear_gelu"}
 
     scaled = {**arguments, "attention_kwargs": {"scale": 0.5}}
     same_as_stock(model, stock, scaled)
@@ -96,11 +100,49 @@ def test_lora_fused_unfused_and_unloaded():
     same_as_stock(model, stock, arguments)
     for each in (model, stock):
         each.unload_lora()
-    before = report.calls()["final_layer"] if "final_layer" in report.calls() else {}
+    before = report.calls()
     same_as_stock(model, stock, arguments)
-    assert report.calls()["final_layer"] != before  # proj_out is ours again
+    for name in ("final_layer", "linear_gelu"):
+        assert report.calls()[name] != before.get(name)  # proj_out and the feed-forward networks are ours again
     pv.restore(model)
     assert not list(swap.swapped(model))
+
+
+# Hooks of torch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_somebody_watches_the_projection_of_a_feed_forward_network(kind):
+    """It takes and returns what it does in the stock model, and a hook may change that."""
+    model, stock, arguments = tiny(), tiny(), inputs()
+    report = pv.accelerate(model)
+    seen = []
+
+    def hook(module, args, *rest):
+        seen.append(args)
+        if kind != "full_backward_hook":
+            return 2 * (rest[0] if rest else args[0])
+
+    for each in (model, stock):
+        getattr(each.blocks[1].ffn.net[0].proj, f"register_{kind}")(hook)
+    same_as_stock(model, stock, arguments)
+    assert report.fallbacks() == {"linear_gelu": {"somebody's hooks look at proj": 1}}
+    assert report.calls()["linear_gelu"].popitem()[1] == 1
+    assert bool(seen) == (kind != "full_backward_hook")
+
+
+def test_another_feed_forward_network_is_left():
+    model, stock, arguments = tiny(), tiny(), inputs()
+    for each in (model, stock):
+        each.blocks[0].ffn = torch.nn.Linear(32, 32)
+        each.blocks[0].ffn.weight.data.fill_(0.01)
+        each.blocks[0].ffn.bias.data.zero_()
+    report = pv.accelerate(model)
+    assert report.to_dict()["modules"]["blocks.0.ffn"]["left"] == {
+        "linear_gelu": "it is a torch Linear, not a plain GELU"
+    }
+    same_as_stock(model, stock, arguments)
+    assert report.calls()["linear_gelu"].popitem()[1] == 1 and not report.fallbacks()
 
 
 # Weights in other dtypes and places ----------------------------------------------------------------------------
@@ -345,7 +387,8 @@ def test_autocast():
     assert ours.dtype == eager.dtype == torch.bfloat16
     assert_close(ours, truth(stock, arguments), eager)
     reason = {"autocast chooses the dtype of the projection": 1}
-    assert report.fallbacks() == {"final_layer": reason, "patch_embed3d": reason}
+    each_block = {"autocast chooses the dtype of the projection": 2}
+    assert report.fallbacks() == {"final_layer": reason, "linear_gelu": each_block, "patch_embed3d": reason}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

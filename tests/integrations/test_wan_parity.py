@@ -139,6 +139,14 @@ def _no_bias(video, weight, bias=None, **options):
     return pv.patch_embed3d(video, weight, **options)
 
 
+def _gelu_without_bias(x, weight, bias=None, **options):
+    return pv.linear_gelu(x, weight, **options)
+
+
+def _no_gelu(x, weight, bias=None, **options):
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def _no_weight(x, weight=None, **options):
     return pv.rms_norm(x, **options)
 
@@ -156,6 +164,8 @@ MISTAKES = {
     "final scale and shift swapped": ("final_layer", _swapped_final_modulation),
     "pixels transposed in a patch": ("final_layer", _transposed_patches),
     "patch bias dropped": ("patch_embed3d", _no_bias),
+    "feed-forward bias dropped": ("linear_gelu", _gelu_without_bias),
+    "no activation": ("linear_gelu", _no_gelu),
     "cross-attention norm weight dropped": ("rms_norm", _no_weight),
 }
 

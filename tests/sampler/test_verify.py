@@ -212,11 +212,12 @@ def test_accelerate_checks_what_it_installs_where_the_model_runs(card: list[tupl
         assert {row for row in card if row[1] == "triton"} == {
             (name, "triton", torch.float32, 16 if name == "qk_norm_rope" else None)
             for name in ("patch_embed3d", "final_layer", "layer_norm_modulate", "gate_residual", "qk_norm_rope",
-                         "gate_residual_norm_modulate", "rms_norm", "causal_conv3d", "rms_norm_silu", "upsample_conv2d",
-                         "decode_head_")
+                         "gate_residual_norm_modulate", "rms_norm", "linear_gelu", "causal_conv3d", "rms_norm_silu",
+                         "upsample_conv2d", "decode_head_")
         }  # fmt: skip
-        # Where a library's convolution may be taken it is checked too; PyTorch's attention, for the VAE's, needs none.
+        # Where a library may be taken it is checked too; PyTorch's attention, for the VAE's, needs none.
         assert {row[:2] for row in card if row[1] != "triton"} == {
+            ("linear_gelu", "cublas"),
             ("causal_conv3d", "cudnn"),
             ("upsample_conv2d", "cudnn"),
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
@@ -30,6 +32,7 @@ SOURCES = {
     f"{_HOME}:WanRotaryPosEmbed": {"6977dbee4ff117d4": "0.42.1"},
     f"{_HOME}:WanTransformerBlock": {"699a27c6d2f6e75e": "0.42.1"},
     f"{_HOME}:WanTransformer3DModel": {"f68ae8c75725eab8": "0.42.1"},
+    "diffusers.models.activations:GELU": {"532b42315ab1bf38": "0.42.1"},
     "diffusers.models.normalization:FP32LayerNorm": {"9cb0de44bf6c460a": "0.42.1"},
 }
 
@@ -104,9 +107,10 @@ class _Planner:
             self.block(f"blocks.{index}", block, None if choice is None else choice.layer(index))
         image = model.condition_embedder.image_embedder
         if image is not None:
+            self.feed_forward("condition_embedder.image_embedder.ff", image.ff)
             for name in ("norm1", "norm2"):
                 self.norm(f"condition_embedder.image_embedder.{name}", getattr(image, name), "layer_norm_modulate")
-        self.keep("blocks.*.ffn", "its GEMMs and GELU stay module calls: LoRA, fp8 casting and quantisation need them")
+        self.keep("blocks.*.ffn", "its second GEMM and the attention's projections stay module calls")
         if choice is None:
             self.keep("blocks.*.attn1", "the attention itself runs on the model's own backend (attention=None)")
         self.keep("blocks.*.attn2", "the cross-attention itself runs on the model's own backend")
@@ -142,8 +146,17 @@ class _Planner:
                 module = getattr(block, name)
                 if type(module) is not nn.Identity:
                     self.norm(f"{inner}.{name}", module, *norms)
+        self.feed_forward(f"{inner}.ffn", block.ffn)
         self.attention(f"{inner}.attn1", block.attn1, ops, layer, rotated=True)
         self.attention(f"{inner}.attn2", block.attn2, rotated=False)
+
+    def feed_forward(self, inner: str, ffn: Any) -> None:
+        """The first half: the GELU module, and the projection in it, which owns the weights."""
+        plain = type(ffn) is FeedForward
+        act, path = (ffn.net[0], f"{inner}.net.0") if plain else (ffn, inner)
+        ops = ("linear_gelu",)
+        if self.swap(path, act, GELU, forwards.gelu_forward, (), serves=ops, note="hands GELU to its proj"):
+            self.swap(f"{path}.proj", act.proj, nn.Linear, forwards.gelu_proj_forward, ops)
 
     def attention(
         self, inner: str, attn: Any, ops: tuple[str, ...] = (), layer: LayerAttention | None = None, *, rotated: bool

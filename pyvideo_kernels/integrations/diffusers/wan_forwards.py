@@ -6,7 +6,7 @@ A block reads and writes the residual stream once per branch:
     a = attn1(n)            projections are module calls; inside: qk_norm_rope, then the model's attention
     x, n = norm2(x + a * gate)                                        gate_residual_norm_modulate
     x, n = norm3(x + attn2(n); scale, shift)                          gate_residual_norm_modulate
-    x = x + ffn(n) * gate                                             gate_residual
+    x = x + ffn(n) * gate                  linear_gelu in its first half; gate_residual
 
 Each function takes ``(module, settings, ...)`` and stands in for the forward of that module's class. Called as the
 class is, it returns what the class returns; the extra arguments come from the functions in this file alone.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
@@ -32,7 +33,9 @@ from ...ops.final_layer import final_layer
 from ...ops.gate_residual import gate_residual
 from ...ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from ...ops.layer_norm_modulate import layer_norm_modulate
+from ...ops.linear_gelu import linear_gelu
 from ...ops.patch_embed3d import patch_embed3d
+from ..packing import watched
 from ..swap import MARK, Settings, autocasting, fall_back, ours, saw, why_not
 
 # Norms: they own their weights, so the fused ops run in their forwards -----------------------------------------
@@ -123,6 +126,45 @@ def _add_and_normalise(
     return x, _normalise(norm, x, scale, shift)
 
 
+# Feed-forward: the activation asks the projection, which owns the weights, for its result ----------------------
+
+
+def gelu_forward(self: GELU, settings: Settings, hidden_states: Tensor) -> Tensor:
+    """diffusers' GELU, which is a projection and then GELU."""
+    proj = self.proj
+    reason = None
+    if not ours(proj, nn.Linear):
+        reason = f"proj is a {type(proj).__name__} that is not swapped"
+    elif watched(proj):
+        reason = "somebody's hooks look at proj"
+    if reason is None:
+        out: Tensor = proj(hidden_states, self.approximate)
+        return out
+    fall_back(settings, "linear_gelu", reason)
+    return self.gelu(proj(hidden_states))
+
+
+def gelu_proj_forward(self: nn.Linear, settings: Settings, inputs: Tensor, approximate: str | None = None) -> Tensor:
+    """The projection; with ``approximate``: GELU of it."""
+    if approximate is None:
+        return nn.Linear.forward(self, inputs)
+    reason = _odd_projection(self, inputs)
+    if reason is None:
+        return linear_gelu(inputs, self.weight, self.bias, approximate=approximate, impl=settings.impl)
+    fall_back(settings, "linear_gelu", reason)
+    return nn.functional.gelu(nn.Linear.forward(self, inputs), approximate=approximate)
+
+
+def _odd_projection(module: nn.Linear | nn.Conv3d, inputs: Tensor) -> str | None:
+    """Why a projection cannot run in an op of ours, or None."""
+    reason = why_not(inputs, module.weight, module.bias)
+    if reason is None and autocasting(inputs):
+        reason = "autocast chooses the dtype of the projection"
+    elif reason is None and inputs.dtype != module.weight.dtype:
+        reason = "weight and activation of different dtypes"
+    return reason
+
+
 # Block and transformer ------------------------------------------------------------------------------------------
 
 
@@ -159,12 +201,8 @@ def patch_forward(self: nn.Conv3d, settings: Settings, inputs: Tensor, tokens: b
     """The patch embedding; ``tokens=True`` returns ``[B, S, D]`` instead of a convolution's output."""
     if not tokens:
         return nn.Conv3d.forward(self, inputs)
-    reason = why_not(inputs, self.weight, self.bias)
-    if reason is None and autocasting(inputs):
-        reason = "autocast chooses the dtype of the projection"
-    elif reason is None and inputs.dtype != self.weight.dtype:
-        reason = "weight and activation of different dtypes"
-    elif reason is None and any(size % p for size, p in zip(inputs.shape[2:], self.kernel_size, strict=True)):
+    reason = _odd_projection(self, inputs)
+    if reason is None and any(size % p for size, p in zip(inputs.shape[2:], self.kernel_size, strict=True)):
         reason = "video is no multiple of the patch"
     if reason is None:
         return patch_embed3d(inputs, self.weight, self.bias, impl=settings.impl)
@@ -189,11 +227,7 @@ def proj_forward(
     """The output projection; with the rest: norm and modulation before it and unpatchify after it, a video."""
     if scale is None or shift is None or grid is None or patch is None:
         return nn.Linear.forward(self, inputs)
-    reason = why_not(inputs, self.weight, self.bias)
-    if reason is None and autocasting(inputs):
-        reason = "autocast chooses the dtype of the projection"
-    elif reason is None and inputs.dtype != self.weight.dtype:
-        reason = "weight and activation of different dtypes"
+    reason = _odd_projection(self, inputs)
     if reason is None:
         return final_layer(inputs, scale, shift, self.weight, self.bias, grid, patch, eps=eps, impl=settings.impl)
     fall_back(settings, "final_layer", reason)
