@@ -179,6 +179,7 @@ def report(job: Job) -> Outcome:
 
 _TINY = {
     "tokens": 6, "width": 32, "heads": 2, "grid": (2, 3, 4), "channels": 8, "head_dim": 16, "shape": (1, 4, 2, 4, 4),
+    "ffn": 48,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from .peers_helpers import CPU, CUDA, attend, check, qkv
 
 SIZES = {
     "tokens": 6, "width": 32, "heads": 2, "grid": (2, 4, 4), "channels": 8, "head_dim": 16, "shape": (1, 4, 2, 4, 4),
-    "tile": (1, 8, 8), "sparsity": 0.5, "out": 8,
+    "tile": (1, 8, 8), "sparsity": 0.5, "out": 8, "ffn": 48,
 }  # fmt: skip
 
 
