@@ -29,7 +29,7 @@ LARGE = 4096 * 1536
 """Elements of the largest tensor of a call, from which on a memory-bound op is judged: [1, 4096, 1536]."""
 
 # Fields of the benchmarks' requests, and at once the settings by which their results are known.
-CLIP: Mapping[str, Any] = {"model": "tiny", "height": 64, "width": 64, "frames": 17, "decode": True}
+CLIP: Mapping[str, Any] = {"model": "tiny", "height": 64, "width": 64, "frames": 17, "steps": 8, "decode": True}
 BLOCKS: Mapping[str, Any] = {
     "model": "wan2.1-1.3b", "layers": 2, "height": 512, "width": 512, "frames": 13, "steps": 1, "guidance": 1.0,
     "decode": False,
@@ -37,6 +37,7 @@ BLOCKS: Mapping[str, Any] = {
 DECODER: Mapping[str, Any] = {"model": "wan2.1-1.3b", "height": 256, "width": 256, "frames": 17}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """How the command line calls them."""
+ELSEWHERE = "no result has it"
 WINDOW = "window-90%"
 """How the names of the windowed shapes end that are judged."""
 
@@ -86,6 +87,11 @@ class Outcome:
         if self.ratio >= self.goal.needed:
             return "yes"
         return "within spread" if self.ratio + self.spread >= self.goal.needed else "no"
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there is a result that should have it."""
+        return self.why_not != ELSEWHERE
 
 
 # The table -------------------------------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ def outcomes(results: Iterable[Mapping[str, Any]]) -> list[Outcome]:
 
 def _outcomes(goal: Goal, results: list[Mapping[str, Any]]) -> Iterator[Outcome]:
     judged = _ops(goal, results) if goal.kind == "ops" else _models(goal, results)
-    nothing = Outcome(goal, _asked(goal), why_not="no result has it")
+    nothing = Outcome(goal, _asked(goal), why_not=ELSEWHERE)
     if goal.kind == "ops" and not goal.where["shape"]:
         nothing = Outcome(goal, tables.NOTHING, why_not="the benchmark has no shape of this kind for a CPU")
     yield from list(judged) or [nothing]

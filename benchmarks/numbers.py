@@ -159,7 +159,7 @@ def render(folder: Path | None = None, drawn: Path | None = None, tables_in: Pat
     ):
         chosen = [r for r in found if r["kind"] == kind and r["provenance"]["device"] == device]
         if title == "Ops on CPUs":
-            parts += _goals(found, "## ")
+            parts += _goals(found)
         if chosen or nothing:
             parts.append(f"## {title}\n")
             parts += [section(result, drawn) for result in chosen] or [f"{nothing}\n"]
@@ -167,18 +167,22 @@ def render(folder: Path | None = None, drawn: Path | None = None, tables_in: Pat
     return "\n".join(parts)
 
 
-def _goals(found: Iterable[Mapping[str, Any]], heading: str) -> Iterator[str]:
-    """What each CPU's results say of the goals; a table that is made of them, and holds no number of its own."""
+def _goals(found: Iterable[Mapping[str, Any]], everything: bool = True) -> Iterator[str]:
+    """What each CPU's results say of the goals; a table that is made of them, and holds no number of its own.
+
+    Args:
+        everything: also what no result measures.
+    """
     machines: dict[str, list[Mapping[str, Any]]] = {}
     for result in found:
         if result["provenance"]["device"] == "cpu":
             machines.setdefault(tables.machine(result), []).append(result)
     if machines:
-        yield f"{heading}Goals on CPUs\n"
+        yield "## Goals on CPUs\n"
         yield GOALS
     for machine, measured in machines.items():
-        judged = goals.outcomes(measured)
-        yield f"{heading.strip()}# {machine}\n\n{goals.summary(judged)}.\n"
+        judged = [outcome for outcome in goals.outcomes(measured) if everything or outcome.measurable]
+        yield f"### {machine}\n\n{goals.summary(judged)}.\n"
         yield tables.to_markdown(goals.table(judged))
 
 
@@ -200,7 +204,7 @@ def report(paths: Iterable[Path], into: Path, title: str, *, dry: bool = False, 
     except UnsupportedError as error:
         parts.append(f"{error}\n")
     if judged:
-        parts += _goals(found, "## ")
+        parts += _goals(found, everything=False)
     parts += [section(result, drawn) for result in found]
     return [write_text(into / "numbers.md", "\n".join(parts)), *pictures]
 

@@ -144,6 +144,9 @@ def _against(series: int, name: str, rows: Sequence[Mapping[str, Any]]) -> _Bar 
 
 def _variant_speedups(result: Result) -> Figure | None:
     series = ("step", "decode", "total")
+    settings = result["settings"]
+    # A clip that is one step is that step.
+    alone = settings.get("steps") == 1 and settings.get("decode") is False
     groups: _Groups = []
     for row in result["rows"]:
         if row["variant"] == "eager":
@@ -152,7 +155,7 @@ def _variant_speedups(result: Result) -> Figure | None:
             groups.append((row["variant"], [_Bar(0, None, "error")]))
             continue
         ratios = row.get("ratio") or {}
-        bars = [_Bar(i, ratios[name]) for i, name in enumerate(series) if ratios.get(name)]
+        bars = [_Bar(i, ratios[name]) for i, name in enumerate(series) if ratios.get(name) and not (alone and i)]
         if bars:
             groups.append((row["variant"], bars))
     return _bars(result, "Speed against eager", "eager", groups, ["denoising step", "decode", "whole clip"])
@@ -197,7 +200,8 @@ def _bars(result: Result, heading: str, against: str, groups: _Groups, series: S
     axes.grid(False, axis="y")
     axes.set_ylim(at - gap, -1)
     axes.set_xlabel(f"times as fast as {against}" + (" (log)" if log else ""))
-    legend(figure, series, [SERIES[i % len(SERIES)] for i in range(len(series))])
+    drawn = [i for i in range(len(series)) if any(bar.series == i and bar.value for _, bars in groups for bar in bars)]
+    legend(figure, [series[i] for i in drawn], [SERIES[i % len(SERIES)] for i in drawn])
     return figure
 
 

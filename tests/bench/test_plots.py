@@ -295,6 +295,17 @@ def test_a_clip_that_was_not_decoded(tmp_path):
     assert "one denoising step" in texts(written[1]) and "decode" not in texts(written[1])
 
 
+def test_a_clip_of_one_step_has_one_bar_and_no_phase_that_nobody_ran(tmp_path):
+    result = sample_results.e2e()
+    result["settings"] |= {"steps": 1, "decode": False}
+    for row in result["rows"]:
+        row.get("ratio", {}).pop("decode", None)
+    found = texts(next(path for path in plots.write_all(result, tmp_path, "x") if "speedup" in path.name))
+    assert "denoising step" in found and not {"decode", "whole clip"} & set(found)
+    shown = [text for text in found if re.fullmatch(r"\d\.\d\d", text)]
+    assert {ratio(row["ratio"]["step"]) for row in result["rows"] if "ratio" in row} - {"1.00"} <= set(shown)
+
+
 def test_kinds_without_plots_are_refused(tmp_path):
     with pytest.raises(ValueOptionError, match="must be ops or e2e; got 'tuning'"):
         plots.write_all({"kind": "tuning"}, tmp_path, "x")
