@@ -32,7 +32,8 @@ def packed(module: Any, name: str, make: Callable[..., Tensor], *options: Any) -
     key = (weight.data_ptr(), version, weight.device, weight.dtype, weight.shape, *options)
     present = mark.packed.get(name)
     if present is None or present[0] != key:
-        with torch.no_grad():
+        # It outlives the call, which may be in inference mode, and the next one may record gradients.
+        with torch.inference_mode(False), torch.no_grad():
             present = mark.packed[name] = key, make(weight.detach(), *options)
     made: Tensor = present[1]
     return made
@@ -65,7 +66,9 @@ def forget_offloaded(model: nn.Module) -> None:
 
 def managed(module: Any) -> bool:
     """Whether a hook of accelerate or diffusers is on this module."""
-    return getattr(module, "_hf_hook", None) is not None or getattr(module, "_diffusers_hook", None) is not None
+    registry = getattr(module, "_diffusers_hook", None)
+    # diffusers leaves an empty registry on every model that was called in a cache_context.
+    return getattr(module, "_hf_hook", None) is not None or (registry is not None and bool(registry.hooks))
 
 
 def unhooked(module: Any) -> bool:

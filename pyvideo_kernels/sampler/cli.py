@@ -21,7 +21,7 @@ from ..error_types import PyVideoError, UsageError
 from .models import KNOWN, looked_for
 from .problems import Exit, finish
 from .progress import Reporter, reporter_for
-from .settings import DTYPES, IMPLS, OFFLOADS, SCHEDULERS, Settings, read_config, read_prompts
+from .settings import AUTO_ON_OFF, DTYPES, IMPLS, OFFLOADS, SCHEDULERS, Settings, read_config, read_prompts
 
 _EXITS = (
     "Exit codes: 0 done, 2 usage, 3 model problem, 4 out of memory, 5 output or codec, 130 interrupted. "
@@ -84,6 +84,21 @@ def sample(
     ] = None,
     impl: Annotated[str, typer.Option(metavar=_one_of(IMPLS), help="Which implementation of each op.")] = "auto",
     eager: Annotated[bool, typer.Option("--eager", help="diffusers' own modules and scheduler instead.")] = False,
+    guidance_batch: Annotated[
+        str,
+        typer.Option(
+            metavar=_one_of(AUTO_ON_OFF),
+            help="Predict with and without the prompt in one batch of two; auto: for films of few tokens.",
+        ),
+    ] = "auto",
+    text_kv_cache: Annotated[
+        str,
+        typer.Option(
+            "--text-kv-cache",
+            metavar=_one_of(AUTO_ON_OFF),
+            help="Compute keys and values of the text once a film; auto: where it is a share of the work.",
+        ),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
     offload: Annotated[

@@ -130,6 +130,7 @@ class Film:
         import torch
 
         from .. import dispatch
+        from .evaluation import planned, settle
         from .loading import unknown_words
         from .loop import denoise, encode_text, prepare_latents
         from .steps import build_scheduler, prepare_steps
@@ -156,6 +157,10 @@ class Film:
         if why and not own.eager:
             self.reporter.note(f"diffusers takes the steps: {why}")
         self.stepped_by = stepper.kind
+        wanted = planned(own, plan, device, self.sampler.dtype.itemsize)
+        how = self.evaluation = settle(wanted, pipe, own)
+        if how != wanted:
+            self.reporter.note(f"guidance in {how.guidance_batch.why}")
         show = self._preview_writer(pipe)
         with self._phase("denoise", total=len(timesteps)) as advance:
 
@@ -168,7 +173,7 @@ class Film:
                 if callback is not None:
                     callback(i, len(timesteps), x)
 
-            clean = denoise(pipe, plan, noise, conditions, stepper, timesteps, scheduler.sigmas, on_step)
+            clean = denoise(pipe, plan, noise, conditions, stepper, timesteps, scheduler.sigmas, on_step, how=how)
         self.steps_taken = len(timesteps)
         return clean
 
@@ -303,6 +308,7 @@ class Film:
             "plan": self.plan.as_dict(),
             "device": str(self.sampler.device),
             "steps_by": self.stepped_by,
+            "evaluation": self.evaluation.as_dict(),
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()}
             | {"total": round(sum(self.seconds.values()), 4)},
             "seconds_per_step": round(self.seconds["denoise"] / max(1, self.steps_taken), 5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrations.text_cache import TextCache, text_cache
+from .evaluation import Evaluation, evaluating, mode_of
 from .plan import TEXT_TOKENS, Plan
 
 
@@ -26,7 +29,6 @@ class Conditions:
     """0 where the first frame is given, 1 where the model makes the film (TI2V)."""
 
 
-@torch.no_grad()
 def encode_text(pipe: Any, prompt: str, negative: str | None, guided: bool, device: torch.device) -> Conditions:
     """Prompt embeddings in the transformer's dtype, as the pipeline makes them."""
     from diffusers import WanPipeline
@@ -34,19 +36,20 @@ def encode_text(pipe: Any, prompt: str, negative: str | None, guided: bool, devi
     # Every Wan pipeline encodes alike; the image-to-video one of diffusers 0.42 fails at this without ftfy, so the
     # text-to-video method serves both. No negative prompt is the empty one.
     texts = [prompt, negative or ""] if guided else [prompt]
-    encoded = [
-        WanPipeline._get_t5_prompt_embeds(pipe, text, max_sequence_length=TEXT_TOKENS, device=device) for text in texts
-    ]
-    cond, uncond = encoded if guided else (encoded[0], None)
-    dtype = _transformer(pipe).dtype
-    return Conditions(cond.to(dtype), None if uncond is None else uncond.to(dtype))
+    with evaluating(pipe):
+        encoded = [
+            WanPipeline._get_t5_prompt_embeds(pipe, text, max_sequence_length=TEXT_TOKENS, device=device)
+            for text in texts
+        ]
+        cond, uncond = encoded if guided else (encoded[0], None)
+        dtype = _transformer(pipe).dtype
+        return Conditions(cond.to(dtype), None if uncond is None else uncond.to(dtype))
 
 
 def _transformer(pipe: Any) -> Any:
     return pipe.transformer if pipe.transformer is not None else pipe.transformer_2
 
 
-@torch.no_grad()
 def prepare_latents(
     pipe: Any, plan: Plan, seed: int, device: torch.device, conditions: Conditions, image: Any = None
 ) -> Tensor:
@@ -54,6 +57,13 @@ def prepare_latents(
 
     The noise is drawn on the CPU whatever the device, so a seed means the same film everywhere.
     """
+    with evaluating(pipe):
+        return _prepare_latents(pipe, plan, seed, device, conditions, image)
+
+
+def _prepare_latents(
+    pipe: Any, plan: Plan, seed: int, device: torch.device, conditions: Conditions, image: Any
+) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     sizes = (plan.height, plan.width, plan.frames, torch.float32, device, generator)
     if image is None:
@@ -74,7 +84,6 @@ def prepare_latents(
     return latents
 
 
-@torch.no_grad()
 def denoise(
     pipe: Any,
     plan: Plan,
@@ -84,13 +93,88 @@ def denoise(
     timesteps: Tensor,
     sigmas: Tensor,
     on_step: Callable[[int, Tensor], None] = lambda i, latents: None,
+    *,
+    how: Evaluation | None = None,
 ) -> Tensor:
-    """Clean latents: two transformer calls a step (one without guidance), then one update.
+    """Clean latents: the transformer's two predictions a step (one without guidance), then one update.
 
     Args:
         stepper: ``step(i, t, latents, cond, uncond, guidance)``.
-        on_step: called after each step with its index and the new latents.
+        on_step: called after each step with its index and the new latents, which are tensors of inference mode where
+            `evaluating` chose that.
+        how: which work the predictions share; None: none, as in diffusers.
     """
+    how = how or Evaluation()
+    predict = _predictor(conditions, how)
+    constants = (*predict.constants, conditions.prompt, conditions.negative, conditions.image)
+    keeping = text_cache(*constants) if how.text_kv_cache.on else contextlib.nullcontext()
+    with evaluating(pipe), keeping as kept:
+        return _denoise(pipe, plan, latents, conditions, stepper, timesteps, sigmas, on_step, predict, kept)
+
+
+@dataclass
+class _Predictor:
+    """The model's velocity with and without the prompt, by two calls or by one on a batch of two."""
+
+    conditions: Conditions
+    prompts: Tensor | None = None
+    images: Tensor | None = None
+
+    @property
+    def constants(self) -> tuple[Tensor | None, ...]:
+        return self.prompts, self.images
+
+    def __call__(
+        self, model: Any, x: Tensor, timestep: Tensor, context: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        given = self.conditions
+        if self.prompts is not None:
+            x, timestep = torch.cat([x, x]), timestep.expand(2, *timestep.shape[1:])
+            both = self._call(model, "cond_uncond", context, x, timestep, self.prompts, self.images)
+            cond, uncond = both.chunk(2)
+            return cond, uncond
+        cond = self._call(model, "cond", context, x, timestep, given.prompt, given.image)
+        if given.negative is None:
+            return cond, None
+        return cond, self._call(model, "uncond", context, x, timestep, given.negative, given.image)
+
+    @staticmethod
+    def _call(
+        model: Any, name: str, context: dict[str, Any], x: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None
+    ) -> Tensor:
+        with model.cache_context(name, **context):
+            out: Tensor = model(
+                hidden_states=x,
+                timestep=timestep,
+                encoder_hidden_states=text,
+                encoder_hidden_states_image=image,
+                return_dict=False,
+            )[0]
+        return out
+
+
+def _predictor(conditions: Conditions, how: Evaluation) -> _Predictor:
+    negative, image = conditions.negative, conditions.image
+    # Prompts of different lengths do not make a batch; the loop's own have one length.
+    if negative is None or not how.guidance_batch.on or negative.shape != conditions.prompt.shape:
+        return _Predictor(conditions)
+    with torch.no_grad():
+        prompts = torch.cat([conditions.prompt, negative])
+        return _Predictor(conditions, prompts, None if image is None else torch.cat([image, image]))
+
+
+def _denoise(
+    pipe: Any,
+    plan: Plan,
+    latents: Tensor,
+    conditions: Conditions,
+    stepper: Any,
+    timesteps: Tensor,
+    sigmas: Tensor,
+    on_step: Callable[[int, Tensor], None],
+    predict: _Predictor,
+    kept: TextCache | None,
+) -> Tensor:
     boundary = None
     if pipe.config.boundary_ratio is not None:
         boundary = pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps
@@ -99,11 +183,15 @@ def denoise(
     times = timesteps.tolist()
     levels = sigmas.tolist()
     given, mask = conditions.latent, conditions.mask
+    last = None
     for i, t in enumerate(timesteps):
         model, guidance = pipe.transformer, plan.guidance
         if boundary is not None and times[i] < boundary:
             model = pipe.transformer_2
             guidance = plan.guidance if plan.guidance_2 is None else plan.guidance_2
+        if kept is not None and model is not last:
+            kept.clear()  # what the other expert made of the text is not asked for again
+        last = model
         x = latents
         if mask is not None:
             if given is not None:
@@ -114,23 +202,8 @@ def denoise(
             if given is not None:
                 x = torch.cat([latents, given], dim=1)
             timestep = t.expand(1)
-        x = x.to(dtype)
         context = {"step_index": i, "sigma": levels[i], "num_inference_steps": len(times)}
-
-        def predict(name: str, text: Tensor, model: Any = model, x: Tensor = x, timestep: Tensor = timestep,
-                    context: dict[str, Any] = context) -> Tensor:  # fmt: skip
-            with model.cache_context(name, **context):
-                out: Tensor = model(
-                    hidden_states=x,
-                    timestep=timestep,
-                    encoder_hidden_states=text,
-                    encoder_hidden_states_image=conditions.image,
-                    return_dict=False,
-                )[0]
-            return out
-
-        cond = predict("cond", conditions.prompt)
-        uncond = None if conditions.negative is None else predict("uncond", conditions.negative)
+        cond, uncond = predict(model, x.to(dtype), timestep, context)
         latents = stepper.step(i, t, latents, cond, uncond, guidance)
         on_step(i, latents)
     if mask is not None and given is not None:
@@ -145,7 +218,6 @@ def streams(vae: Any) -> bool:
     return any(module is vae for _, module, _ in swapped(vae))
 
 
-@torch.no_grad()
 def decode_stream(
     pipe: Any, latents: Tensor, *, dtype: torch.dtype | None = None, say: Callable[[str], None] | None = None
 ) -> Iterator[Tensor]:
@@ -160,8 +232,25 @@ def decode_stream(
     decoder = StreamingVaeDecoder(pipe.vae, tiling="vae")
     if say is not None:
         decoder.say = say
-    frames: Iterator[Tensor] = decoder.stream(denormalise(pipe.vae, latents.to(pipe.vae.dtype)), dtype=dtype)
-    return frames
+    mode = mode_of(pipe)
+    with mode():
+        frames = decoder.stream(denormalise(pipe.vae, latents.to(pipe.vae.dtype)), dtype=dtype)
+    return _one_by_one(frames, mode)
+
+
+def _one_by_one(frames: Iterator[Tensor], mode: Callable[[], Any]) -> Iterator[Tensor]:
+    """``frames``, each made in that mode; between them the caller is where it was."""
+    try:
+        while True:
+            with mode():
+                piece = next(frames, None)
+            if piece is None:
+                return
+            yield piece
+    finally:
+        close = getattr(frames, "close", None)
+        if close is not None:
+            close()
 
 
 def arrive(pieces: Iterator[Tensor]) -> Iterator[Any]:
@@ -193,7 +282,6 @@ def _landed(copied: Any, host: Tensor) -> Any:
     return host.numpy()
 
 
-@torch.no_grad()
 def decode(pipe: Any, latents: Tensor, on_frames: Callable[[Tensor], None] | None = None) -> Tensor:
     """Pixels ``[T, H, W, 3]`` in [0, 1] from clean latents of one film, by the VAE's own ``decode``.
 
@@ -202,7 +290,8 @@ def decode(pipe: Any, latents: Tensor, on_frames: Callable[[Tensor], None] | Non
             the VAE decodes in tiles.
     """
     vae = pipe.vae
-    latents = denormalise(vae, latents.to(vae.dtype))
+    with evaluating(pipe):
+        latents = denormalise(vae, latents.to(vae.dtype))
     hook = None
     if on_frames is not None and not vae.use_tiling:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -214,7 +303,8 @@ def decode(pipe: Any, latents: Tensor, on_frames: Callable[[Tensor], None] | Non
 
         hook = vae.decoder.register_forward_hook(finished)
     try:
-        return to_pixels(vae.decode(latents, return_dict=False)[0])
+        with evaluating(pipe):
+            return to_pixels(vae.decode(latents, return_dict=False)[0])
     finally:
         if hook is not None:
             hook.remove()

@@ -33,6 +33,12 @@ class Plan:
     tflop: float
     """Transformer and decoder; guidance counts twice, the text encoder is left out."""
     upscale: int = 1
+    text_share: float = 0.0
+    """Of a transformer call's products: those that depend on the text alone."""
+    cross_share: float = 0.0
+    """Of them: the attention to the text."""
+    text_kv: int = 0
+    """Numbers in the keys and values of both prompts' texts, in all layers."""
 
     @property
     def tokens(self) -> int:
@@ -44,15 +50,19 @@ class Plan:
         """Whether each step evaluates the model without the prompt too."""
         return self.guidance > 1
 
-    def line(self, dtype: str, device: str, kernels: str) -> str:
-        """The plan in one line."""
+    def text_kv_bytes(self, itemsize: int) -> int:
+        """What it takes to keep all that is made of the text; its projection is small beside keys and values."""
+        return self.text_kv * itemsize
+
+    def line(self, dtype: str, device: str, kernels: str, how: str = "") -> str:
+        """The plan in one line; ``how`` the model is evaluated, if there is something to say."""
         guidance = f"{self.guidance:g}" + (f"/{self.guidance_2:g}" if self.guidance_2 is not None else "")
         work = f"{self.tflop:.3g} TFLOP" if self.tflop < 1000 else f"{self.tflop / 1000:.3g} PFLOP"
         scale = f" ×{self.upscale}" if self.upscale > 1 else ""
         return (
             f"{self.model}: {self.width}×{self.height}{scale}, {self.frames} frames at {self.fps:g} fps, "
             f"{self.tokens:,} tokens, ≈ {work}; {dtype} on {device}; {self.steps} steps of {self.scheduler}, "
-            f"guidance {guidance}; {kernels}"
+            f"guidance {guidance}{how and f'; {how}'}; {kernels}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +116,8 @@ def make_plan(settings: Settings, model: Model, image_size: tuple[int, int] | No
     tokens = grid[0] * grid[1] * grid[2]
     calls = steps * (2 if guidance > 1 else 1)
     density = _density(settings, model, grid, steps)
-    tflop = calls * transformer_tflop(model.transformer, tokens, density=density)
+    one_call = transformer_tflop(model.transformer, tokens, density=density)
+    tflop = calls * one_call
     tflop += decoder_tflop(model.vae, height, width, frames)
     return Plan(
         model=model.name,
@@ -121,6 +132,9 @@ def make_plan(settings: Settings, model: Model, image_size: tuple[int, int] | No
         grid=grid,
         tflop=tflop,
         upscale=settings.upscale or d.upscale,
+        text_share=round(_text_tflop(model.transformer) / one_call, 6),
+        cross_share=round(_cross_tflop(model.transformer, tokens) / one_call, 6),
+        text_kv=_text_kv(model.transformer) * (2 if guidance > 1 else 1),
     )
 
 
@@ -178,6 +192,24 @@ def transformer_tflop(
     pt, ph, pw = config.get("patch_size") or (1, 2, 2)
     ends = 2 * tokens * d * pt * ph * pw * (int(config["in_channels"]) + int(config["out_channels"]))
     return (layers * (linear + attention) + ends) / 1e12
+
+
+def _text_tflop(config: Mapping[str, Any], text: int = TEXT_TOKENS) -> float:
+    """Of `transformer_tflop`: the keys and values of the text."""
+    d = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return int(config["num_layers"]) * 2 * text * 2 * d * d / 1e12
+
+
+def _cross_tflop(config: Mapping[str, Any], tokens: int, text: int = TEXT_TOKENS) -> float:
+    """Of `transformer_tflop`: the attention of all tokens to the text."""
+    d = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return int(config["num_layers"]) * 4 * tokens * text * d / 1e12
+
+
+def _text_kv(config: Mapping[str, Any], text: int = TEXT_TOKENS) -> int:
+    """Numbers in the keys and values of one text, and in its projection."""
+    d = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return (2 * int(config["num_layers"]) + 1) * text * d
 
 
 def decoder_tflop(config: Mapping[str, Any], height: int, width: int, frames: int) -> float:

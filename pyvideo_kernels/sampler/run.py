@@ -135,13 +135,15 @@ class Sampler:
     def describe(self, plan: Plan) -> str:
         """The plan line."""
         from . import kernels, loading
+        from .evaluation import planned
 
         self.prepare()
         if self.settings.eager:
             text = "diffusers' own modules"
         else:
             text = kernels.summary(self.settings, self.device, self.dtype)
-        return plan.line(loading.dtype_name(self.dtype), str(self.device), text)
+        how = planned(self.settings, plan, self.device, self.dtype.itemsize)
+        return plan.line(loading.dtype_name(self.dtype), str(self.device), text, how.words())
 
     def load(self) -> Any:
         """The pipeline, loaded and accelerated; the same one afterwards."""

@@ -18,6 +18,7 @@ from .problems import did_you_mean
 SCHEDULERS = ("unipc", "euler")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 OFFLOADS = ("none", "model", "group")
+AUTO_ON_OFF = ("auto", "on", "off")
 IMPLS = ("auto", "reference", "triton", "cuda", "cpu", "sdpa", "flash", "cudnn", "cublas")
 
 # Its text, or in files and in Python the mapping that accelerate() takes.
@@ -38,6 +39,8 @@ class Settings:
         steps, guidance, scheduler: the sampler; ``unipc``, ``euler`` or the model's own.
         seed: same seed, same film.
         ops, attention, impl: passed to ``accelerate``; eager runs diffusers' own modules and scheduler instead.
+        guidance_batch: ``auto|on|off``: the predictions with and without the prompt as one batch of two, or two calls.
+        text_kv_cache: ``auto|on|off``: compute what depends on the text alone once a film, or in each step.
         dtype, device, offload: ``auto|bf16|fp16|fp32``, ``auto|cpu|cuda[:n]``, ``none|model|group``.
         lora: ``FILE`` or ``FILE:scale``.
         output: the film; its suffix chooses the format.
@@ -61,6 +64,8 @@ class Settings:
     attention: Attention | None = None
     impl: str = "auto"
     eager: bool = False
+    guidance_batch: str = "auto"
+    text_kv_cache: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
@@ -96,6 +101,8 @@ class Settings:
         _choice("dtype", self.dtype, DTYPES)
         _choice("offload", self.offload, OFFLOADS)
         _choice("impl", self.impl, IMPLS)
+        _choice("guidance-batch", self.guidance_batch, AUTO_ON_OFF)
+        _choice("text-kv-cache", self.text_kv_cache, AUTO_ON_OFF)
         try:
             choose(self.attention, "--attention")
         except ValueOptionError as error:
@@ -105,6 +112,10 @@ class Settings:
             raise UsageError(f"--device must be auto, cpu, cuda or cuda:N; got {self.device!r}")
         if self.eager and (self.impl != "auto" or self.attention or self.ops != "all"):
             raise UsageError("--eager runs diffusers' own modules: drop --ops, --attention and --impl, or --eager")
+        if self.eager and "on" in (self.guidance_batch, self.text_kv_cache):
+            raise UsageError(
+                "--eager evaluates as diffusers does: drop --guidance-batch and --text-kv-cache, or --eager"
+            )
         if self.image is not None and not Path(self.image).is_file():
             raise UsageError(f"--image {self.image} is not a file; give a PNG, JPEG or WebP picture")
         if self.lora is not None:

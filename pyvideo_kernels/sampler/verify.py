@@ -20,6 +20,7 @@ from .. import dispatch
 from ..attention_text import choose
 from ..error_types import UsageError
 from ..verify import Row, verify_calls
+from .evaluation import planned, settle
 from .kernels import is_accelerated, op_names
 from .loading import memory_remedy
 from .loop import Conditions, decode, denoise, encode_text, prepare_latents
@@ -265,7 +266,8 @@ def _sample(sampler: Sampler, film: Settings, plan: Plan, text: Any, *, eager: b
     )
     if dtype == torch.float64:
         noise = noise.double()
-    clean = denoise(pipe, plan, noise, conditions, stepper, timesteps, scheduler.sigmas)
+    how = settle(planned(dataclasses.replace(own, eager=eager), plan, device, dtype.itemsize), pipe, own)
+    clean = denoise(pipe, plan, noise, conditions, stepper, timesteps, scheduler.sigmas, how=how)
     return {"latents": clean.cpu(), "pixels": decode(pipe, clean).cpu()}
 
 

@@ -161,6 +161,8 @@ def test_every_setting_is_a_config_key_and_lines_set_a_subset() -> None:
         "attention",
         "impl",
         "eager",
+        "guidance_batch",
+        "text_kv_cache",
         "dtype",
         "device",
         "offload",

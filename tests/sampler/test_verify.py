@@ -91,7 +91,7 @@ def test_a_kernel_wrong_at_the_models_shape_alone_passes_its_canary_and_fails(
     monkeypatch.setitem(dispatch._functions, ("qk_norm_rope", "cpu"), wrong)
     result = run("--model", str(model_dir))
     assert result.exit_code == 1
-    assert "FAILED qk_norm_rope: impl 'cpu' in float32, head_dim 16, is wrong in its call, q 1×12×2×16" in result.output
+    assert "FAILED qk_norm_rope: impl 'cpu' in float32, head_dim 16, is wrong in its call, q 2×12×2×16" in result.output
 
 
 def test_what_the_ops_do_not_explain_fails_in_the_clip(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
     WanAttnProcessor,
+    WanImageEmbedding,
     WanTransformer3DModel,
     WanTransformerBlock,
 )
@@ -49,6 +51,7 @@ class _Planner:
         self.root = root
         self.settings = settings
         self.result = Plan()
+        self.remembers = False
 
     def _path(self, inner: str) -> str:
         return ".".join(part for part in (self.root, inner) if part)
@@ -93,7 +96,8 @@ class _Planner:
         choice = self.settings.attention
         methods = {"cache_context": steps.cache_context} if choice is not None and choice.dense_steps != 0 else {}
         kind, forward = WanTransformer3DModel, forwards.transformer_forward
-        if self.swap("", model, kind, forward, (), serves=serves, note=note, methods=methods):
+        self.remembers = self.swap("", model, kind, forward, (), serves=serves, note=note, methods=methods)
+        if self.remembers:
             conv = model.patch_embedding
             unfit = _odd_conv(conv)
             self.swap("patch_embedding", conv, nn.Conv3d, forwards.patch_forward, ("patch_embed3d",), unfit=unfit)
@@ -105,8 +109,12 @@ class _Planner:
         self.norm("norm_out", model.norm_out, "layer_norm_modulate", note="where proj_out cannot run final_layer")
         for index, block in enumerate(model.blocks):
             self.block(f"blocks.{index}", block, None if choice is None else choice.layer(index))
-        image = model.condition_embedder.image_embedder
+        embedder = model.condition_embedder
+        self.remember("condition_embedder.text_embedder", embedder.text_embedder, PixArtAlphaTextProjection,
+                      forwards.text_forward)  # fmt: skip
+        image = embedder.image_embedder
         if image is not None:
+            self.remember("condition_embedder.image_embedder", image, WanImageEmbedding, forwards.image_forward)
             self.feed_forward("condition_embedder.image_embedder.ff", image.ff)
             for name in ("norm1", "norm2"):
                 self.norm(f"condition_embedder.image_embedder.{name}", getattr(image, name), "layer_norm_modulate")
@@ -114,6 +122,15 @@ class _Planner:
         if choice is None:
             self.keep("blocks.*.attn1", "the attention itself runs on the model's own backend (attention=None)")
         self.keep("blocks.*.attn2", "the cross-attention itself runs on the model's own backend")
+
+    def remember(self, inner: str, module: Any, kind: Any, forward: Callable[..., Any]) -> None:
+        """Swap a module that runs no op of ours for one that `text_cache` serves; where it cannot be, nothing is lost.
+
+        Only below a transformer that is swapped: it hands the kept tensors on.
+        """
+        fits = type(module) is kind and _odd_weight(module) is None and obstacle(module) is None
+        if self.remembers and fits:
+            self.result.swaps.append(Swap(self._path(inner), module, forward, (), "keeps what it makes of a prompt"))
 
     def check_attention(self, model: Any) -> None:
         """Refuse exceptions for blocks that are not there, and windows for another number of heads."""
@@ -176,6 +193,8 @@ class _Planner:
             kind, forward = WanAttention, attention.attention_forward
             serves = ("qk_norm_rope",)
             self.swap(inner, attn, kind, forward, ops, serves=serves, note=note, unfit=unfit, attention=layer)
+        elif type(getattr(attn, "processor", None)) is WanAttnProcessor:
+            self.remember(inner, attn, WanAttention, attention.cross_attention_forward)
         for name in ("norm_q", "norm_k", "norm_added_k"):
             if hasattr(attn, name):
                 runs = norms if name != "norm_added_k" else ("rms_norm",)

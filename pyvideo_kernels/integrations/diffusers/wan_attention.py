@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
     WanAttnProcessor,
@@ -26,6 +30,7 @@ from ...ops.spacetime_attention import spacetime_attention
 from ...ops.video_sparse_attention import video_sparse_attention
 from ...schemas import OPS
 from ..swap import Settings, fall_back, ours, why_not
+from ..text_cache import once, shortened
 
 # The text encoder's context length, which the stock processor hardcodes to tell image tokens from text tokens.
 _TEXT_TOKENS = 512
@@ -96,37 +101,92 @@ def attention_forward(
             self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
         )
         return out
-    context = encoder_hidden_states
-    image = None
-    if self.add_k_proj is not None and context is not None:
-        image_tokens = context.shape[1] - _TEXT_TOKENS
-        image, context = context[:, :image_tokens], context[:, image_tokens:]
-    query, key, value = _get_qkv_projections(self, hidden_states, context)
+    if encoder_hidden_states is not None:
+        return cross_attention_forward(self, settings, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+    query, key, value = _get_qkv_projections(self, hidden_states, None)
     value = value.unflatten(2, (self.heads, -1))
-    if encoder_hidden_states is None and layer is not None and layer.prologue is not None:
+    if layer is not None and layer.prologue is not None:
         attended = _by_prologue(self, settings, layer, query, key, value, attention_mask, rotary_emb, grid)
         if attended is not None:
             return self.to_out[1](self.to_out[0](attended))  # type: ignore[no-any-return]
     query, key = _normed(self, settings, query, key, rotary_emb)
 
-    image_out = None
-    if image is not None:
-        image_key, image_value = _get_added_kv_projections(self, image)
-        image_key = self.norm_added_k(image_key).unflatten(2, (self.heads, -1))
-        image_value = image_value.unflatten(2, (self.heads, -1))
-        image_out = _attend(processor, query, image_key, image_value, None, None)
-
-    if encoder_hidden_states is None and _serves(settings, layer, query, key, value, attention_mask, grid, processor):
+    if _serves(settings, layer, query, key, value, attention_mask, grid, processor):
         assert grid is not None and layer is not None
         out = _ours(layer, query, key, value, grid, settings.impl).flatten(2, 3)
     else:
-        parallel = processor._parallel_config if encoder_hidden_states is None else None
-        out = _attend(processor, query, key, value, attention_mask, parallel)
+        out = _attend(processor, query, key, value, attention_mask, processor._parallel_config)
+    return self.to_out[1](self.to_out[0](out))  # type: ignore[no-any-return]
+
+
+def cross_attention_forward(
+    self: WanAttention,
+    settings: Settings,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """WanAttention to a prompt, by the stock processor's arithmetic; `text_cache` may keep its keys and values.
+
+    Anything else goes to the class's own forward.
+    """
+    text = encoder_hidden_states
+    if type(self.processor) is not WanAttnProcessor or text is None or rotary_emb is not None or kwargs:
+        out: Tensor = WanAttention.forward(
+            self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+        )
+        return out
+    made = once(self, (text,), _text_layers(self), functools.partial(_text_keys, self, text, attention_mask is None))
+    query = self.norm_q(self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
+    image_out = None
+    if made.image_key is not None and made.image_value is not None:
+        image_out = _attend(self.processor, query, made.image_key, made.image_value, None, None)
+    out = _attend(self.processor, query, made.key, made.value, attention_mask if made.mask is None else made.mask, None)
     if image_out is not None:
         out = out + image_out
     out = self.to_out[0](out)
-    out = self.to_out[1](out)
-    return out
+    return self.to_out[1](out)  # type: ignore[no-any-return]
+
+
+class _TextKeys(NamedTuple):
+    """Normalised keys and values of a prompt, what to add to its scores, and the same of the picture before it."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    image_key: Tensor | None = None
+    image_value: Tensor | None = None
+
+
+def _text_keys(attn: WanAttention, text: Tensor, may_shorten: bool) -> _TextKeys:
+    start = 0 if attn.add_k_proj is None else text.shape[1] - _TEXT_TOKENS
+    rows, mask = shortened(text, start) if may_shorten and _native(attn.processor) else (text.shape[1] - start, None)
+    own = text[:, start : start + rows]
+    key, value = attn.to_kv(own).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(own), attn.to_v(own))
+    heads = (attn.heads, -1)
+    out = _TextKeys(attn.norm_k(key).unflatten(2, heads), value.unflatten(2, heads), mask)
+    if attn.add_k_proj is None:
+        return out
+    key, value = _get_added_kv_projections(attn, text[:, :start])
+    return out._replace(image_key=attn.norm_added_k(key).unflatten(2, heads), image_value=value.unflatten(2, heads))
+
+
+def _native(processor: Any) -> bool:
+    """Whether attention is torch's own, which takes a mask; others of diffusers' backends drop it."""
+    backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+    return AttentionBackendName(backend) is AttentionBackendName.NATIVE
+
+
+def _text_layers(attn: WanAttention) -> tuple[Any, ...]:
+    """The layers that `_text_keys` calls."""
+    fused = attn.fused_projections
+    layers = (attn.to_kv, attn.norm_k) if fused else (attn.to_k, attn.to_v, attn.norm_k)
+    if attn.add_k_proj is None:
+        return layers
+    added = (attn.to_added_kv,) if fused else (attn.add_k_proj, attn.add_v_proj)
+    return (*layers, *added, attn.norm_added_k)
 
 
 def _attend(processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parallel: Any) -> Tensor:

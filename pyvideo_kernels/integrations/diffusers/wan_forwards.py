@@ -14,14 +14,17 @@ class is, it returns what the class returns; the extra arguments come from the f
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
+    WanImageEmbedding,
     WanTransformer3DModel,
     WanTransformerBlock,
 )
@@ -37,6 +40,7 @@ from ...ops.linear_gelu import linear_gelu
 from ...ops.patch_embed3d import patch_embed3d
 from ..packing import watched
 from ..swap import MARK, Settings, autocasting, fall_back, ours, saw, why_not
+from ..text_cache import by_rows, once
 
 # Norms: they own their weights, so the fused ops run in their forwards -----------------------------------------
 
@@ -269,7 +273,8 @@ def transformer_forward(
     )
     modulation = modulation.unflatten(1 if per_token is None else 2, (6, -1))
     if image is not None:
-        context = torch.concat([image, context], dim=1)
+        joined = once(self, (image, context), (), functools.partial(torch.concat, [image, context], dim=1))
+        context = by_rows(joined, context)
 
     choice = settings.attention
     dense_step = choice is not None and _in_dense_step(self, settings)
@@ -284,6 +289,18 @@ def transformer_forward(
 
     video = _last(self, settings, x, temb, grid, patch)
     return Transformer2DModelOutput(sample=video) if return_dict else (video,)
+
+
+def text_forward(self: PixArtAlphaTextProjection, settings: Settings, caption: Tensor) -> Tensor:
+    """The projection of the prompt, kept while a loop says that the prompt stays."""
+    made = once(self, (caption,), (self,), functools.partial(PixArtAlphaTextProjection.forward, self, caption))
+    return by_rows(made, caption)
+
+
+def image_forward(self: WanImageEmbedding, settings: Settings, encoder_hidden_states_image: Tensor) -> Tensor:
+    """The projection of the picture's embedding, kept as the prompt's is."""
+    image = encoder_hidden_states_image
+    return once(self, (image,), (self,), functools.partial(WanImageEmbedding.forward, self, image))
 
 
 def _in_dense_step(self: WanTransformer3DModel, settings: Settings) -> bool:
