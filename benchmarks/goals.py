@@ -154,7 +154,7 @@ def outcomes(results: Iterable[Mapping[str, Any]]) -> list[Outcome]:
 def _outcomes(goal: Goal, results: list[Mapping[str, Any]]) -> Iterator[Outcome]:
     judged = _ops(goal, results) if goal.kind == "ops" else _models(goal, results)
     nothing = Outcome(goal, _asked(goal), why_not=ELSEWHERE)
-    if goal.kind == "ops" and not goal.where["shape"]:
+    if goal.kind == "ops" and not goal.where["shape"] and any(result["kind"] == "ops" for result in results):
         nothing = Outcome(goal, tables.NOTHING, why_not="the benchmark has no shape of this kind for a CPU")
     yield from list(judged) or [nothing]
 

@@ -127,8 +127,9 @@ def test_what_was_not_measured_says_why_and_has_no_number(result, why):
 
 
 def test_a_goal_without_a_shape_says_so():
-    (found,) = of(goals.Goal("x", "ops", {"op": "x", "shape": ""}, "eager", 2.0))
-    assert found.why_not == "the benchmark has no shape of this kind for a CPU"
+    goal = goals.Goal("x", "ops", {"op": "x", "shape": ""}, "eager", 2.0)
+    assert of(goal, op_result())[0].why_not == "the benchmark has no shape of this kind for a CPU"
+    assert not of(goal, clip_result(dict(goals.CLIP), eager=3.0))[0].measurable  # ops were not run
 
 
 def test_ops_are_judged_in_the_dtype_that_the_sampler_runs_in():
