@@ -108,9 +108,9 @@ class Bench:
             return [ops]
         return [
             ops,
-            Part("e2e-tiny", "a clip of the embedded model", 1.5, self.clip),
-            Part("e2e-blocks", "two blocks of Wan 1.3B, 4,096 tokens", 2, self.blocks),
-            Part("vae-wan", "Wan's VAE decoder, 256×256×17", 6, self.decoder),
+            Part("e2e-tiny", "a clip of the embedded model", 2, self.clip),
+            Part("e2e-blocks", "two blocks of Wan 1.3B, 4,096 tokens", 1.5, self.blocks),
+            Part("vae-wan", "Wan's VAE decoder, 256×256×17", 7, self.decoder),
             Part(names[second], "ops, eager alone", 1.5, lambda path: self.ops(path, second, ["eager"])),
         ]
 
@@ -183,7 +183,9 @@ class Bench:
         """A short clip of the embedded model."""
         if self.device.type == "cuda":
             return self._e2e(model="tiny")
-        return self._e2e(**goals.CLIP, variants=("eager", "compile", "ours"), rounds=_CLIP_ROUNDS)
+        # The decoder too: of the ways to compile the stock model the fastest is what counts.
+        variants = ("eager", "compile", "compile:vae=true", "ours")
+        return self._e2e(**goals.CLIP, variants=variants, rounds=_CLIP_ROUNDS)
 
     def blocks(self, path: Path) -> Result:
         """Two blocks at the width of a true model: a forward of the transformer."""
