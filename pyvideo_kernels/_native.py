@@ -37,9 +37,13 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "pixel_norm_silu": ("cpu",),
     "guidance_step": ("cpu", "cuda"),
     "unipc_step": ("cpu",),
+    "spacetime_attention": ("cpu",),
+    "block_sparse_attention": ("cpu",),
 }
 # Arguments (by position) that a kernel takes in one dtype only, where the op takes two.
 _ALIKE: dict[str, tuple[int, int]] = {"guidance_step": (1, 2)}
+# The one (by position) of which a kernel takes a single value.
+_FIXED: dict[str, tuple[int, str]] = {"spacetime_attention": (12, "native")}
 
 
 @functools.cache
@@ -136,7 +140,8 @@ def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> A
     dtypes = _DTYPES[device]
     for arg in itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args):
         if isinstance(arg, Tensor):
-            if arg.dtype not in dtypes:
+            # Integers are lengths and lists, whose dtypes the op has checked.
+            if arg.dtype not in dtypes and (arg.is_floating_point() or arg.is_complex()):
                 names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {arg.dtype}")
             if device == "cuda" and (reason := _check_card(arg.device.index or 0)):
@@ -148,6 +153,10 @@ def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> A
                 f"{name}: the compiled {device} kernel takes both predictions in one dtype; "
                 f"got {first.dtype} and {second.dtype}"
             )
+    if name in _FIXED:
+        at, value = _FIXED[name]
+        if args[at] != value:
+            raise UnsupportedError(f"{name}: {args[at]!r} is not built in impl {device!r}; only {value!r} is")
     return function(*args)
 
 

@@ -182,7 +182,7 @@ def _ordered(
 
         choices = attention_libraries.in_order(choices, device, dtype, head_dim)
     choices, why = tuple(impl for impl in choices if impl in op.impls), ""
-    if op.in_order and args is not None:
+    if op.in_order and device.type in op.in_order_on and args is not None:
         choices, why = _in_order(op.in_order)(choices, args)
     return choices, why
 

@@ -38,6 +38,8 @@ class Op:
     auto: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # ``"module:function"`` of (choices, args) -> (choices in the order for these args, why); empty: as in ``auto``.
     in_order: str = ""
+    # Device types on which the order depends on the call.
+    in_order_on: tuple[str, ...] = ("cuda", "cpu")
     # The argument ``[B, S, heads, head_dim]`` of an op whose kernels are compiled for one head_dim; None: no such op.
     heads: str | None = None
 
@@ -182,12 +184,14 @@ _ROWS: tuple[Op, ...] = (
         "-> (Tensor, Tensor)",
         fakes.spacetime_attention,
         {
-            **_impls("spacetime_attention", "triton", "sdpa"),
+            **_impls("spacetime_attention", "triton", "cpu", "sdpa"),
             "flash": "pyvideo_kernels.ops.flash_attention:spacetime_attention_flash",
         },
         # Dense attention is handed to a library's kernel until ours is measured to be faster on a card
         # (attention_libraries.MEASURED).
-        auto={"cuda": ("flash", "sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+        auto={"cuda": ("flash", "sdpa", "triton", "reference"), "cpu": ("cpu", "sdpa", "reference")},
+        in_order="pyvideo_kernels.ops.attention_cpu:in_order",
+        in_order_on=("cpu",),
         differentiable=("q", "k", "v"),
         saves_outputs=True,
         heads="q",
@@ -229,7 +233,7 @@ _ROWS: tuple[Op, ...] = (
         "Tensor? kv_block_lens, Tensor? coarse, Tensor? gate, float scale, bool return_lse, str impl) "
         "-> (Tensor, Tensor)",
         fakes.block_sparse_attention,
-        _impls("block_sparse_attention", "triton"),
+        _impls("block_sparse_attention", "triton", "cpu"),
         heads="q",
     ),
     Op(

@@ -53,7 +53,8 @@ def check(names: Iterable[str], device: torch.device, dtype: torch.dtype, head_d
         order = dispatch.order(op, device, dtype, size)
         for position, impl in enumerate(order):
             out.append(_one(name, impl, device, dtype, size))
-            more = op.in_order and any(verdicts.needs_check(later) for later in order[position + 1 :])
+            depends = op.in_order and device.type in op.in_order_on
+            more = depends and any(verdicts.needs_check(later) for later in order[position + 1 :])
             if out[-1].trusted and not more:
                 break
     return out

@@ -61,7 +61,7 @@ def block_sparse_attention(
             (T, H, W) order within a whole block; None: all. What the others hold does not matter.
         scale: multiplies the scores, positive; None: ``head_dim ** -0.5``.
         return_lse: also return ``lse``, natural logarithm, ``[B, heads, S]`` fp32 (fp64 for fp64 inputs).
-        impl: ``auto``, ``reference`` or ``triton``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton`` or ``cpu``; an explicit choice never falls back.
     Returns:
         ``[B, S, heads, head_dim]``, contiguous, dtype of ``q``; or ``(out, lse)``. A query with an empty list gives
         zeros and an ``lse`` of -inf. Text beside the grid: `merge_attention` with dense attention over it.

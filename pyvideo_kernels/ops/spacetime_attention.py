@@ -67,8 +67,8 @@ def spacetime_attention(
         precision: ``native``: products of the inputs' dtype, fp32 accumulation. ``int8``: `quantize_qk`, then
             `int8_attention`: queries and keys in int8 with a scale a row, values as they are; no backward. ``fp8``: the
             same in e4m3, by `fp8_attention`.
-        impl: ``auto``, ``reference``, ``triton``, ``sdpa`` or ``flash`` (an installed FlashAttention-4 or -3); an
-            explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``triton``, ``cpu``, ``sdpa`` or ``flash`` (an installed FlashAttention-4 or -3);
+            an explicit choice never falls back.
     Returns:
         ``[B, S, heads, head_dim]``, contiguous, dtype of ``q``; or ``(out, lse)``. A query with no key to see gives
         zeros and an ``lse`` of -inf.
@@ -168,7 +168,7 @@ def spacetime_attention_sdpa(
     """``impl="sdpa"`` of the op: torch's ``scaled_dot_product_attention`` on transposed views."""
     refuse_precision("sdpa", precision)
     if not sees_all(grid, window, causal_time):
-        raise UnsupportedError(f"{_OP}: impl 'sdpa' is dense; use impl='triton' for a window or causal time")
+        raise UnsupportedError(f"{_OP}: impl 'sdpa' is dense; use impl='triton' or 'cpu' for a window or causal time")
     if return_lse:
         raise UnsupportedError(
             f"{_OP}: impl 'sdpa' gives no lse, which `return_lse` and gradients need; use impl='triton' or 'reference'"

@@ -283,7 +283,8 @@ def test_a_session_end_to_end(source, quick):
     assert 0 < dense["quality"]["float32_error"] < 2 * eager["quality"]["float32_error"]
     assert dense["quality"]["psnr"]["min"] > 20 and len(dense["quality"]["frames"]) == 5
     # Calls are of this variant's one clip, not of the process: 2 steps, each with and without the prompt, 2 blocks.
-    assert dense["calls"]["spacetime_attention"] == {"sdpa": 8} and "spacetime_attention" not in rows["ours"]["calls"]
+    assert sum(dense["calls"]["spacetime_attention"].values()) == 8
+    assert "spacetime_attention" not in rows["ours"]["calls"]
     assert eager["calls"] == {} and dense["fallbacks"] == {}
 
 

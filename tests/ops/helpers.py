@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyvideo_kernels import dispatch
+from pyvideo_kernels import _native, dispatch
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import check_op, samples
@@ -15,6 +15,14 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torc
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 # What runs on DEVICE is selected by `-m gpu` where that is a card, and runs without one where it is not.
 ON_DEVICE = (pytest.mark.gpu,) if GPU else ()
+# ``impl="cpu"`` as a parameter of a test beside others.
+CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not _native.available(), reason=f"extension not built: {_native.why_not()}")
+)
+
+
+def device_of(impl):
+    return "cpu" if impl == "cpu" else DEVICE
 
 
 def implementations(name):

@@ -124,7 +124,7 @@ def test_the_operator_is_the_one_that_was_read():
 def test_the_order(card, monkeypatch):
     assert libraries.MEASURED == {}, "a row needs a committed result: benchmarks/results/"
     assert dispatch.order(OP, CARD) == ("flash", "sdpa", "triton", "reference")
-    assert dispatch.order(OP, torch.device("cpu"), HALF, 128) == ("sdpa", "reference")
+    assert dispatch.order(OP, torch.device("cpu"), HALF, 128) == ("cpu", "sdpa", "reference")
     measured = libraries.Measured("triton", "benchmarks/results/x.json at abc1234")
     monkeypatch.setitem(libraries.MEASURED, ("sm_90", "bfloat16", 128), measured)
     assert dispatch.order(OP, CARD, HALF, 128) == ("triton", "flash", "sdpa", "reference")
@@ -158,7 +158,7 @@ class OnCard:
     """A walk of ``auto`` in CUDA's order, on CPU tensors."""
 
     def __init__(self, monkeypatch):
-        self.op = dataclasses.replace(OP, auto={"cpu": ("flash", "sdpa", "reference")})
+        self.op = dataclasses.replace(OP, auto={"cpu": ("flash", "sdpa", "reference")}, in_order="")
         monkeypatch.setattr(dispatch, "trusted", self.trusted)
         self.trust = True
 
@@ -273,4 +273,5 @@ def test_on_a_cpu_nothing_is_handed_over_and_nothing_is_said(caplog):
     q, k, v = packed(dtype=torch.float32)
     pv.spacetime_attention(q, k, v, grid=(1, 1, 24))
     assert not caplog.records and libraries.served() == []
-    assert dispatch.explain(OP, torch.device("cpu"))[0] == ("sdpa", True, "PyTorch's scaled_dot_product_attention")
+    rows = dispatch.explain(OP, torch.device("cpu"))
+    assert rows[1] == ("sdpa", True, "PyTorch's scaled_dot_product_attention") and rows[0][0] == "cpu"

@@ -88,14 +88,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", helpers.CPU])
 @pytest.mark.parametrize("case", CASES)
 def test_sees_exactly_what_the_lists_say(case, impl):
     grid, tile, kv_heads, lens = CASES[case]
     blocks = math.prod(math.ceil(n / side) for n, side in zip(grid, tile, strict=True))
-    q, k, v = _qkv(math.prod(grid), kv_heads=kv_heads)
-    indices, counts = _lists(1, 2, blocks, (2, 0, 1), torch.int64 if case == "boxes" else torch.int32)
-    lens = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=helpers.DEVICE)
+    device = helpers.device_of(impl)
+    q, k, v = (x.to(device) for x in _qkv(math.prod(grid), kv_heads=kv_heads))
+    lists = _lists(1, 2, blocks, (2, 0, 1), torch.int64 if case == "boxes" else torch.int32)
+    indices, counts = (x.to(device) for x in lists)
+    lens = None if lens is None else torch.tensor(lens, dtype=torch.int32, device=device)
     options = {"tile": tile, "grid": grid, "kv_block_lens": lens, "return_lse": True}
     if grid[:2] == (1, 1):
         options = {**options, "block_size": 64, "tile": None, "grid": None}
@@ -109,23 +111,25 @@ def test_sees_exactly_what_the_lists_say(case, impl):
     assert bool((out.transpose(1, 2)[lse == -math.inf] == 0).all())
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", helpers.CPU])
 def test_every_block_is_dense_attention(impl):
-    q, k, v = _qkv(3 * 4 * 9, heads=1)
-    indices = torch.arange(3, dtype=torch.int32, device=helpers.DEVICE).expand(1, 1, 3, 3)  # not contiguous either
-    counts = torch.full((1, 1, 3), 3, dtype=torch.int32, device=helpers.DEVICE)
+    device = helpers.device_of(impl)
+    q, k, v = (x.to(device) for x in _qkv(3 * 4 * 9, heads=1))
+    indices = torch.arange(3, dtype=torch.int32, device=device).expand(1, 1, 3, 3)  # not contiguous either
+    counts = torch.full((1, 1, 3), 3, dtype=torch.int32, device=device)
     out = pv.block_sparse_attention(q, k, v, indices, counts, tile=(4, 4, 4), grid=(3, 4, 9), impl=impl)
     exact, low = (pv.spacetime_attention(*(x.to(d) for x in (q, k, v)), grid=(3, 4, 9), impl="reference")
                   for d in (torch.float64, torch.float32))  # fmt: skip
     assert_close(out, exact, low)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", helpers.CPU])
 def test_lists_are_clamped_not_checked(impl):
-    q, k, v = _qkv(128, heads=1)
+    device = helpers.device_of(impl)
+    q, k, v = (x.to(device) for x in _qkv(128, heads=1))
 
     def run(indices, counts):
-        indices, counts = (torch.tensor(x, dtype=torch.int32, device=helpers.DEVICE) for x in (indices, counts))
+        indices, counts = (torch.tensor(x, dtype=torch.int32, device=device) for x in (indices, counts))
         return pv.block_sparse_attention(q, k, v, indices, counts, block_size=64, impl=impl)
 
     wild = run([[[[-7, 1000], [2**31 - 1, -(2**31)]]]], [[[99, -3]]])
@@ -154,11 +158,13 @@ def test_padding_never_gets_in(arch, impl):
         assert torch.equal(run(k + dirty, v + dirty), run(k, v))
 
 
-def test_a_listed_twice_block_counts_twice():
-    q, k, v = _qkv(128, heads=1)
-    twice = torch.tensor([[[[0, 0, 1]] * 2]], dtype=torch.int32, device=helpers.DEVICE)
-    counts = torch.full((1, 1, 2), 3, dtype=torch.int32, device=helpers.DEVICE)
-    out = pv.block_sparse_attention(q, k, v, twice, counts, block_size=64, impl="triton")
+@pytest.mark.parametrize("impl", ["triton", helpers.CPU])
+def test_a_listed_twice_block_counts_twice(impl):
+    device = helpers.device_of(impl)
+    q, k, v = (x.to(device) for x in _qkv(128, heads=1))
+    twice = torch.tensor([[[[0, 0, 1]] * 2]], dtype=torch.int32, device=device)
+    counts = torch.full((1, 1, 2), 3, dtype=torch.int32, device=device)
+    out = pv.block_sparse_attention(q, k, v, twice, counts, block_size=64, impl=impl)
     exact, low = (
         torch.nn.functional.scaled_dot_product_attention(
             *(x.to(d).transpose(1, 2) for x in (q, *(torch.cat([x[:, :64], x], 1) for x in (k, v))))
@@ -329,9 +335,9 @@ def test_bad_input_is_refused_by_name(change, error, words):
         pv.block_sparse_attention(**arguments)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", helpers.CPU])
 def test_empty_batch(impl):
-    q = torch.zeros(0, 80, 2, 16, device=helpers.DEVICE)
-    lists = torch.zeros(0, 2, 2, 1, dtype=torch.int32, device=helpers.DEVICE)
+    q = torch.zeros(0, 80, 2, 16, device=helpers.device_of(impl))
+    lists = torch.zeros(0, 2, 2, 1, dtype=torch.int32, device=q.device)
     out, lse = pv.block_sparse_attention(q, q, q, lists, lists[..., 0], block_size=64, return_lse=True, impl=impl)
     assert out.shape == q.shape and lse.shape == (0, 2, 80)

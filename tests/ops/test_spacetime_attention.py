@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyvideo_kernels as pv
-from pyvideo_kernels import dispatch
+from pyvideo_kernels import _native, dispatch
 from pyvideo_kernels.configs import forced_arch
 from pyvideo_kernels.configs.spacetime_attention import select
 from pyvideo_kernels.errors import DeviceError, DTypeError, ShapeError, UnsupportedError
@@ -143,12 +143,13 @@ def test_triton_never_lets_padding_text_in(arch, side):
 
 
 @pytest.mark.parametrize("side", ["suffix", "prefix"])
-@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton", helpers.CPU])
 def test_text_counts_past_either_end_are_clamped(impl, side):
-    q = _randn(2, 9, 1, 16).to(helpers.DEVICE)
+    device = helpers.device_of(impl)
+    q = _randn(2, 9, 1, 16).to(device)
 
     def run(*lens):
-        lens = torch.tensor(lens, device=helpers.DEVICE)
+        lens = torch.tensor(lens, device=device)
         return pv.spacetime_attention(q, q, q, grid=(1, 2, 3), text_len=3, text_side=side, kv_lens=lens, impl=impl)
 
     if impl == "sdpa" and helpers.GPU:
@@ -315,7 +316,7 @@ def test_auto_falls_through_to_what_can_run():
         return {i for (op, i), n in dispatch.calls().items() if op == NAME and n > before.get((op, i), 0)}
 
     assert ran() == {"sdpa"}
-    assert ran(return_lse=True) == ran(window=(1, 1, 1)) == {"reference"}
+    assert ran(return_lse=True) == ran(window=(1, 1, 1)) == {"cpu" if _native.available() else "reference"}
 
 
 def test_triton_refuses_what_it_has_not():
@@ -364,23 +365,23 @@ def test_bad_input_is_refused_by_name(change, error, words):
         pv.spacetime_attention(**arguments)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton", helpers.CPU])
 def test_empty_batch(impl):
-    q = torch.zeros(0, 8, 2, 16, device=helpers.DEVICE)
+    q = torch.zeros(0, 8, 2, 16, device=helpers.device_of(impl))
     out, lse = torch.ops.pyvideo.spacetime_attention(
         q, q, q, (2, 2, 2), None, (1, 1, 1), False, 0, "suffix", None, 0.25, False, "native", impl
     )
     assert out.shape == q.shape and lse.shape == (0,)
-    if impl != "triton":
+    if impl not in ("triton", "cpu"):
         none = (None, (1, 1, 1), False, 0, "suffix", None, 0.25, False, "native", impl)
         assert torch.ops.pyvideo.spacetime_attention(*[q.double()] * 3, (2, 2, 2), *none)[1].dtype == torch.float64
 
 
 @pytest.mark.parametrize("window", [None, (1, 3, 3)])
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", helpers.CPU])
 def test_a_nan_is_not_taken_for_a_row_that_saw_nothing(impl, window):
     """An lse of -inf would drop the row in a merge, and the NaN with it."""
-    q, k, v = (t.to(helpers.DEVICE) for t in _qkv(20))
+    q, k, v = (t.to(helpers.device_of(impl)) for t in _qkv(20))
     q[0, 7, 1, 3] = float("nan")
     out, lse = pv.spacetime_attention(q, k, v, grid=(1, 4, 5), window=window, return_lse=True, impl=impl)
     broken = torch.zeros(1, 2, 20, dtype=torch.bool, device=lse.device)

@@ -77,13 +77,15 @@ def _attend(q, k, v, mask, dtype):
 
 
 def _check(grid, window, stride=NEIGHBOURHOOD, *, causal=False, heads=1, kv_heads=None, head_dim=16, text_len=0,
-           side="suffix", lens=None, dtype=torch.float32, call=pv.spacetime_attention):  # fmt: skip
+           side="suffix", lens=None, dtype=torch.float32, call=pv.spacetime_attention, impl="triton"):  # fmt: skip
     tokens = math.prod(grid) + text_len
-    q, k, v = _tensors(tokens, heads, head_dim, kv_heads=kv_heads, dtype=dtype, batch=len(lens or [0]))
-    valid = None if lens is None else torch.tensor(lens, device=helpers.DEVICE)
+    device = helpers.device_of(impl)
+    tensors = _tensors(tokens, heads, head_dim, kv_heads=kv_heads, dtype=dtype, batch=len(lens or [0]))
+    q, k, v = (x.to(device) for x in tensors)
+    valid = None if lens is None else torch.tensor(lens, device=device)
     out, lse = call(
         q, k, v, grid=grid, window=window, stride=stride, causal_time=causal, text_len=text_len, text_side=side,
-        kv_lens=valid, return_lse=True, impl="triton",
+        kv_lens=valid, return_lse=True, impl=impl,
     )  # fmt: skip
     mask = _mask(grid, window, stride, causal, heads, text_len, side, lens)
     exact, eager = (_attend(q, k, v, mask, kind) for kind in (torch.float64, torch.float32))
@@ -107,16 +109,18 @@ def _check(grid, window, stride=NEIGHBOURHOOD, *, causal=False, heads=1, kv_head
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_kernel_sees_exactly_the_keys_of_the_definition(grid, window, options):
-    _check(grid, window, **options)
+@pytest.mark.parametrize("impl", ["triton", helpers.CPU])
+def test_kernel_sees_exactly_the_keys_of_the_definition(grid, window, options, impl):
+    _check(grid, window, **options, impl=impl)
 
 
 @pytest.mark.parametrize(("window", "stride"), [((3, 5, 9), (2, 5, 4)), ((6, 3, 18), (1, 2, 3))])
-def test_many_boxes_along_every_axis(window, stride):
+@pytest.mark.parametrize("impl", ["triton", helpers.CPU])
+def test_many_boxes_along_every_axis(window, stride, impl):
     # The interpreter pays by the tile: large ones.
     boxes = WindowConfig(2, 4, 16, 4, 8, 8, 16, 4, 1)
     with forced_config("windowed_attention", boxes) if not helpers.GPU else contextlib.nullcontext():
-        _check((6, 10, 18), window, stride)
+        _check((6, 10, 18), window, stride, impl=impl)
 
 
 @pytest.mark.skipif(helpers.GPU, reason="architectures are forced in the interpreter only")
@@ -162,7 +166,7 @@ def _natten(grid, window, stride, causal):
     return mask_mod
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "reference", helpers.CPU])
 @pytest.mark.parametrize(
     ("window", "stride", "causal"),
     [((3, 3, 3), (1, 1, 1), False), ((2, 4, 5), (2, 3, 5), False), ((3, 2, 4), (2, 1, 3), True)],
@@ -173,8 +177,9 @@ def test_flex_attention_with_the_same_mask_agrees(window, stride, causal, impl):
 
     grid = (3, 5, 6)
     tokens = math.prod(grid)
-    q, k, v = _tensors(tokens, 2, 16)
-    block = create_block_mask(_natten(grid, window, stride, causal), None, None, tokens, tokens, device=helpers.DEVICE)
+    device = helpers.device_of(impl)
+    q, k, v = (x.to(device) for x in _tensors(tokens, 2, 16))
+    block = create_block_mask(_natten(grid, window, stride, causal), None, None, tokens, tokens, device=device)
     exact, eager = (
         flex_attention(*(x.transpose(1, 2).to(kind) for x in (q, k, v)), block_mask=block).transpose(1, 2)
         for kind in (torch.float64, torch.float32)
