@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 
+#include "common/isa.h"
+
 namespace {
 
 std::string instruction_set() {
@@ -43,4 +45,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pyvideo_kernels; importing this registers torch.ops.pyvideo_native.";
   m.def("build_info", &build_info,
         "Compiler, torch headers and CUDA architectures of this binary, and the instruction set it runs here.");
+  m.def(
+      "allow_avx512", &pyvideo::allow_avx512,
+      "For tests: whether kernels may take their path for AVX-512, from now on in every thread. Returns what it was.");
 }

@@ -14,6 +14,8 @@ struct bf16 {
 
 enum class DType : int { f32, bf16 };
 
+PYVIDEO_INLINE int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 PYVIDEO_INLINE float to_float(float value) { return value; }
 
 PYVIDEO_INLINE float to_float(bf16 value) {

@@ -18,3 +18,13 @@
 
 // After the parameters of a lambda that such a function calls: a lambda too is a function of its own.
 #define PYVIDEO_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace pyvideo {
+
+// Whether kernels take their path for AVX-512 (avx512.h): this CPU has it, and allow_avx512(false) did not forbid it,
+// as tests do to reach the path of other CPUs.
+bool avx512();
+// Returns what it was.
+bool allow_avx512(bool allow);
+
+}  // namespace pyvideo

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/avx512.h"
 #include "common/rows.h"
 
 namespace pyvideo {
@@ -94,5 +95,26 @@ PYVIDEO_INLINE void scale_row(const X* __restrict x, int64_t n, float factor, co
     out[i] = from_float<T>(to_float(x[i]) * factor * weight[i]);
   }
 }
+
+#if defined(PYVIDEO_HAS_AVX512)
+namespace v512 {
+
+// As above. `next` is a row that will be read soon; with `past`, out is written past the cache.
+template <class T, class N>
+PYVIDEO_AVX512_INLINE void layer_norm_row(const T* x, float total, int64_t n, float eps, const float* scale,
+                                          const float* shift, const N* next, T* out, bool past) {
+  const float mean = total / static_cast<float>(n);
+  const float variance = v512::sum_of_squares(x, mean, n) / static_cast<float>(n);
+  const V rstd = all(1.0f / std::sqrt(variance + eps));
+  const V centre = all(mean);
+  each(n, [&](int64_t i, auto m) PYVIDEO_AVX512_LAMBDA {
+    prefetch(next + i);
+    const V y = mul(sub(load(x + i, m), centre), rstd);
+    store(out + i, fma(y, load(scale + i, m), load(shift + i, m)), m, past);
+  });
+}
+
+}  // namespace v512
+#endif
 
 }  // namespace pyvideo

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "common/residual.h"
+#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -11,6 +12,7 @@ struct Args {
   Rows x, y, gate;
   char* out;
   int64_t width;
+  bool past;  // results are written past the cache
 };
 
 template <class T>
@@ -30,6 +32,18 @@ PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* s
   body<bf16>(a, begin, end, scratch);
 }
 
+#if defined(PYVIDEO_HAS_AVX512)
+template <class T>
+PYVIDEO_AVX512 void run_avx512(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  FloatRow gate{scratch};
+  for (int64_t r = begin; r < end; ++r) {
+    v512::gate_residual_row<T>(a.x.row(r), a.y, r, gate.get(a.gate, r, a.width), a.width,
+                               reinterpret_cast<T*>(a.out) + r * a.width, nullptr, a.past);
+  }
+  v512::fence();
+}
+#endif
+
 Tensor gate_residual(Tensor x, Tensor y, std::optional<Tensor> gate) {
   const char* op = "gate_residual";
   const std::vector<int64_t> shape = shape_of(x);
@@ -40,9 +54,18 @@ Tensor gate_residual(Tensor x, Tensor y, std::optional<Tensor> gate) {
   a.width = shape.back();
   Tensor out = new_contiguous(x);
   a.out = static_cast<char*>(out.mutable_data_ptr());
+  const bool f32 = a.x.dtype == DType::f32;
+  a.past =
+      past_cache(a.out, a.width * bytes_of(a.x.dtype), x.numel() * (2 * bytes_of(a.x.dtype) + bytes_of(a.y.dtype)));
+  auto* run = f32 ? run_f32 : run_bf16;
+#if defined(PYVIDEO_HAS_AVX512)
+  if (avx512()) {
+    run = f32 ? run_avx512<float> : run_avx512<bf16>;
+  }
+#endif
   parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(a.width));
-    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
+    run(a, begin, end, scratch.data());
   });
   return out;
 }

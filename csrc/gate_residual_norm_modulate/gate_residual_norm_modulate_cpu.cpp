@@ -5,6 +5,7 @@
 
 #include "common/norm.h"
 #include "common/residual.h"
+#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -17,6 +18,7 @@ struct Args {
   char* normed;
   int64_t width;
   float eps;
+  bool past;  // results are written past the cache
 };
 
 template <class T>
@@ -41,6 +43,24 @@ PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* s
   body<bf16>(a, begin, end, scratch);
 }
 
+#if defined(PYVIDEO_HAS_AVX512)
+template <class T>
+PYVIDEO_AVX512 void run_avx512(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  FloatRow gate{scratch};
+  ModulationRow modulation(scratch + a.width, a.width);
+  T* copy = reinterpret_cast<T*>(scratch + (1 + ModulationRow::kScratch) * a.width);
+  for (int64_t r = begin; r < end; ++r) {
+    modulation.prepare(a.modulation, r, a.width);
+    const float total = v512::gate_residual_row<T>(a.x.row(r), a.y, r, gate.get(a.gate, r, a.width), a.width,
+                                                   reinterpret_cast<T*>(a.residual) + r * a.width, copy, a.past);
+    v512::layer_norm_row(copy, total, a.width, a.eps, modulation.mul, modulation.add,
+                         reinterpret_cast<const T*>(a.x.row(r + 1 < end ? r + 1 : r)),
+                         reinterpret_cast<T*>(a.normed) + r * a.width, a.past);
+  }
+  v512::fence();
+}
+#endif
+
 std::tuple<Tensor, Tensor> gate_residual_norm_modulate(Tensor x, Tensor y, std::optional<Tensor> gate,
                                                        std::optional<Tensor> scale, std::optional<Tensor> shift,
                                                        std::optional<Tensor> weight, std::optional<Tensor> bias,
@@ -62,9 +82,19 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(Tensor x, Tensor y, std::
   Tensor normed = new_contiguous(x);
   a.residual = static_cast<char*>(residual.mutable_data_ptr());
   a.normed = static_cast<char*>(normed.mutable_data_ptr());
+  const bool f32 = a.x.dtype == DType::f32;
+  const int64_t row_bytes = a.width * bytes_of(a.x.dtype);
+  const int64_t touched = x.numel() * (3 * bytes_of(a.x.dtype) + bytes_of(a.y.dtype));
+  a.past = past_cache(a.residual, row_bytes, touched) && past_cache(a.normed, row_bytes, touched);
+  auto* run = f32 ? run_f32 : run_bf16;
+#if defined(PYVIDEO_HAS_AVX512)
+  if (avx512()) {
+    run = f32 ? run_avx512<float> : run_avx512<bf16>;
+  }
+#endif
   parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>((1 + ModulationRow::kScratch) * a.width));
-    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
+    std::vector<float> scratch(static_cast<size_t>((2 + ModulationRow::kScratch) * a.width));
+    run(a, begin, end, scratch.data());
   });
   return {residual, normed};
 }

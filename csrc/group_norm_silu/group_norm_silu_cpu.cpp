@@ -7,7 +7,9 @@
 #include <cmath>
 #include <vector>
 
+#include "common/avx512.h"
 #include "common/math.h"
+#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -24,6 +26,9 @@ struct Stats {
   int64_t parts;   // of a sample
   float* partial;  // [samples * parts, 3, width]: pivot, mean minus pivot, sum of squared deviations
 };
+
+// Room for whole vectors of 32 sums.
+PYVIDEO_INLINE int64_t up_to_vectors(int64_t n) { return (n + 31) / 32 * 32; }
 
 // Eight rows at a time: the sums of the chunk are in double, as the order of a long sum in float would show, and eight
 // rows make their additions cheap.
@@ -46,6 +51,16 @@ PYVIDEO_INLINE void add_eight(const T* const* rows, int64_t n, const float* __re
     const float d6 = to_float(x6[i]) - pivot[i], d7 = to_float(x7[i]) - pivot[i];
     total[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7));
     squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7));
+  }
+}
+
+// Writes the mean less the pivot and the squared deviations behind the pivot.
+PYVIDEO_INLINE void finish_stats(float* pivot, const double* sums, const double* squares, int64_t n, int64_t count) {
+  const double elements = static_cast<double>(count);
+  for (int64_t i = 0; i < n; ++i) {
+    const double away = sums[i] / elements;
+    pivot[n + i] = static_cast<float>(away);
+    pivot[2 * n + i] = static_cast<float>(squares[i] - away * sums[i]);
   }
 }
 
@@ -98,12 +113,7 @@ PYVIDEO_INLINE void stats_body(const Stats& a, int64_t begin, int64_t end, doubl
         squares[i] += d * d;
       }
     }
-    const double elements = static_cast<double>(count);
-    for (int64_t i = 0; i < n; ++i) {
-      const double away = sums[i] / elements;
-      pivot[n + i] = static_cast<float>(away);
-      pivot[2 * n + i] = static_cast<float>(sums[n + i] - away * sums[i]);
-    }
+    finish_stats(pivot, sums, sums + n, n, count);
   }
 }
 
@@ -114,6 +124,74 @@ PYVIDEO_CLONES void stats_f32(const Stats& a, int64_t begin, int64_t end, double
 PYVIDEO_CLONES void stats_bf16(const Stats& a, int64_t begin, int64_t end, double* scratch) {
   stats_body<bf16>(a, begin, end, scratch);
 }
+
+#if defined(PYVIDEO_HAS_AVX512)
+// Adds the deviations of `count` rows, one after another `stride` bytes apart, and their squares. They are summed in
+// float over kRowsAtOnce rows, in double beyond.
+constexpr int64_t kRowsAtOnce = 16;
+
+PYVIDEO_AVX512_INLINE void add_to(double* sums, __m512 x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+template <class T>
+PYVIDEO_AVX512 void stats_avx512(const Stats& a, int64_t begin, int64_t end, double* scratch) {
+  using namespace v512;
+  const int64_t n = a.width;
+  double* sums = scratch;
+  double* squares = scratch + up_to_vectors(n);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t sample = unit / a.parts;
+    const int64_t first_row = (unit - sample * a.parts) * a.chunk;
+    const int64_t count = std::min(a.chunk, a.pixels - first_row);
+    const int64_t row = sample * a.pixels + first_row;
+    float* pivot = a.partial + unit * 3 * n;
+    const int64_t early = std::min(count, kPivotRows);
+    const V share = all(1.0f / static_cast<float>(early));
+    const T* rows[kRowsAtOnce];
+    for (int64_t r = 0; r < early; ++r) {
+      rows[r] = reinterpret_cast<const T*>(a.x.row(row + r));
+    }
+    each(n, [&](int64_t i, auto m) PYVIDEO_AVX512_LAMBDA {
+      V s = all(0.0f);
+      for (int64_t r = 0; r < early; ++r) {
+        s = add(s, load(rows[r] + i, m));
+      }
+      store(pivot + i, mul(s, share), m);
+    });
+    std::fill(scratch, scratch + 2 * up_to_vectors(n), 0.0);
+    for (int64_t r = 0; r < count; r += kRowsAtOnce) {
+      const int64_t some = std::min(kRowsAtOnce, count - r);
+      for (int64_t k = 0; k < some; ++k) {
+        rows[k] = reinterpret_cast<const T*>(a.x.row(row + r + k));
+        // Rows read side by side are no stream that the hardware would fetch ahead.
+        const T* ahead = reinterpret_cast<const T*>(a.x.row(row + std::min(r + kRowsAtOnce + k, count - 1)));
+        for (int64_t i = 0; i < n; i += 32) {
+          prefetch(ahead + i);
+        }
+      }
+      each(n, [&](int64_t i, auto m) PYVIDEO_AVX512_LAMBDA {
+        const V centre = load(pivot + i, m);
+        V s = all(0.0f);
+        V q = all(0.0f);
+        for (int64_t k = 0; k < some; ++k) {
+          const V d = sub(load(rows[k] + i, m), centre);
+          s = add(s, d);
+          q = fma(d, d, q);
+        }
+        add_to(sums + i, s.a);
+        add_to(sums + i + 16, s.b);
+        add_to(squares + i, q.a);
+        add_to(squares + i + 16, q.b);
+      });
+    }
+    finish_stats(pivot, sums, squares, n, count);
+  }
+}
+#endif
 
 // The mean of a group as a sum of two floats, and 1 / sqrt(var + eps).
 struct Moments {
@@ -222,10 +300,20 @@ struct Apply {
   int64_t groups;
   bool silu;
   bool conditioned;
+  bool past;  // results are written past the cache
   Latent scale;
   Latent shift;
   Walk walk;
-  static constexpr int kScratch = 6;
+  static constexpr int kScratch = 7;
+};
+
+// What is applied to a sample's channels.
+struct Factors {
+  float* mean;
+  float* rest;  // of the mean, past a float
+  float* mul;
+  float* add;
+  float* folded;  // add - mean * mul
 };
 
 // x less its mean. Of bf16, whose own steps are larger, one float is enough of it.
@@ -233,38 +321,92 @@ PYVIDEO_INLINE float centred(float x, float mean, float rest) { return (x - mean
 
 PYVIDEO_INLINE float centred(bf16 x, float mean, float) { return to_float(x) - mean; }
 
-template <class T, bool kSilu>
-PYVIDEO_INLINE void apply_row(const T* __restrict x, int64_t n, const float* __restrict mean,
-                              const float* __restrict rest, const float* __restrict mul, const float* __restrict add,
-                              T* __restrict out) {
+struct Generic {
+  template <class T, bool kSilu>
+  PYVIDEO_INLINE static void rows(const Apply& a, const Factors& f, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* __restrict x = reinterpret_cast<const T*>(a.x.row(r));
+      const float* __restrict mean = f.mean;
+      const float* __restrict rest = f.rest;
+      const float* __restrict mul = f.mul;
+      const float* __restrict add = f.add;
+      T* __restrict out = reinterpret_cast<T*>(a.out) + r * a.width;
+      const int64_t n = a.width;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float y = centred(x[i], mean[i], rest[i]) * mul[i] + add[i];
-    out[i] = from_float<T>(kSilu ? silu(y) : y);
+      for (int64_t i = 0; i < n; ++i) {
+        const float y = centred(x[i], mean[i], rest[i]) * mul[i] + add[i];
+        out[i] = from_float<T>(kSilu ? silu(y) : y);
+      }
+    }
   }
-}
 
-template <class T, bool kSilu>
-PYVIDEO_INLINE void apply_row(const T* __restrict x, int64_t n, const float* __restrict mean,
-                              const float* __restrict rest, const float* __restrict mul, const float* __restrict add,
-                              const float* __restrict scale, const float* __restrict shift, T* __restrict out) {
+  template <class T, bool kSilu>
+  PYVIDEO_INLINE static void conditioned_row(const Apply& a, const Factors& f, int64_t r, const float* __restrict scale,
+                                             const float* __restrict shift) {
+    const T* __restrict x = reinterpret_cast<const T*>(a.x.row(r));
+    const float* __restrict mean = f.mean;
+    const float* __restrict rest = f.rest;
+    const float* __restrict mul = f.mul;
+    const float* __restrict add = f.add;
+    T* __restrict out = reinterpret_cast<T*>(a.out) + r * a.width;
+    const int64_t n = a.width;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float y = (centred(x[i], mean[i], rest[i]) * mul[i] + add[i]) * scale[i] + shift[i];
-    out[i] = from_float<T>(kSilu ? silu(y) : y);
+    for (int64_t i = 0; i < n; ++i) {
+      const float y = (centred(x[i], mean[i], rest[i]) * mul[i] + add[i]) * scale[i] + shift[i];
+      out[i] = from_float<T>(kSilu ? silu(y) : y);
+    }
   }
-}
+};
 
-template <class T, bool kSilu>
+#if defined(PYVIDEO_HAS_AVX512)
+struct Avx512 {
+  // Of a bf16 the mean is subtracted in the one multiply-add.
+  template <class T, class M>
+  PYVIDEO_AVX512_INLINE static v512::V normalised(const T* x, const Factors& f, int64_t i, M m) {
+    using namespace v512;
+    if constexpr (std::is_same_v<T, bf16>) {
+      return fma(load(x + i, m), load(f.mul + i, m), load(f.folded + i, m));
+    } else {
+      const V centred = sub(sub(load(x + i, m), load(f.mean + i, m)), load(f.rest + i, m));
+      return fma(centred, load(f.mul + i, m), load(f.add + i, m));
+    }
+  }
+
+  template <class T, bool kSilu>
+  PYVIDEO_AVX512 static void rows(const Apply& a, const Factors& f, int64_t begin, int64_t end) {
+    using namespace v512;
+    for (int64_t r = begin; r < end; ++r) {
+      const T* x = reinterpret_cast<const T*>(a.x.row(r));
+      T* out = reinterpret_cast<T*>(a.out) + r * a.width;
+      each(a.width, [&](int64_t i, auto m) PYVIDEO_AVX512_LAMBDA {
+        const V y = normalised(x, f, i, m);
+        store(out + i, kSilu ? v512::silu<T>(y) : y, m, a.past);
+      });
+    }
+    fence();
+  }
+
+  template <class T, bool kSilu>
+  PYVIDEO_AVX512 static void conditioned_row(const Apply& a, const Factors& f, int64_t r, const float* scale,
+                                             const float* shift) {
+    using namespace v512;
+    const T* x = reinterpret_cast<const T*>(a.x.row(r));
+    T* out = reinterpret_cast<T*>(a.out) + r * a.width;
+    each(a.width, [&](int64_t i, auto m) PYVIDEO_AVX512_LAMBDA {
+      const V y = fma(normalised(x, f, i, m), load(scale + i, m), load(shift + i, m));
+      store(out + i, kSilu ? v512::silu<T>(y) : y, m);
+    });
+  }
+};
+#endif
+
+template <class Kernel, class T, bool kSilu>
 PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t n = a.width;
   const int64_t group_width = n / a.groups;
-  float* __restrict mean = scratch;
-  float* __restrict rest = mean + n;
-  float* __restrict mul = rest + n;
-  float* __restrict add = mul + n;
-  LatentRow scale{add + n};
-  LatentRow shift{scale.scratch + n};
+  const Factors f{scratch, scratch + n, scratch + 2 * n, scratch + 3 * n, scratch + 4 * n};
+  LatentRow scale{scratch + 5 * n};
+  LatentRow shift{scratch + 6 * n};
   std::fill(scale.scratch, scale.scratch + n, 1.0f);
   std::fill(shift.scratch, shift.scratch + n, 0.0f);
   Walk walk = a.walk;
@@ -277,7 +419,7 @@ PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float
     if (a.conditioned) {
       walk.start(start);
     }
-    for (int64_t r = start; r < stop; ++r) {
+    for (int64_t r = start; r < stop;) {
       if (r < first || r >= last) {
         const int64_t sample = r / a.pixels;
         first = sample * a.pixels;
@@ -285,33 +427,45 @@ PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float
         for (int64_t g = 0; g < a.groups; ++g) {
           const Moments m = a.moments[sample * a.groups + g];
           for (int64_t i = g * group_width; i < (g + 1) * group_width; ++i) {
-            mean[i] = m.mean;
-            rest[i] = m.rest;
-            mul[i] = a.weight == nullptr ? m.rstd : m.rstd * a.weight[i];
-            add[i] = a.bias == nullptr ? 0.0f : a.bias[i];
+            f.mean[i] = m.mean;
+            f.rest[i] = m.rest;
+            f.mul[i] = a.weight == nullptr ? m.rstd : m.rstd * a.weight[i];
+            f.add[i] = a.bias == nullptr ? 0.0f : a.bias[i];
+            f.folded[i] = f.add[i] - m.mean * f.mul[i];
           }
         }
       }
-      const T* x = reinterpret_cast<const T*>(a.x.row(r));
-      T* out = reinterpret_cast<T*>(a.out) + r * n;
+      const int64_t until = std::min(stop, last);
       if (!a.conditioned) {
-        apply_row<T, kSilu>(x, n, mean, rest, mul, add, out);
+        Kernel::template rows<T, kSilu>(a, f, r, until);
+        r = until;
         continue;
       }
-      apply_row<T, kSilu>(x, n, mean, rest, mul, add, scale.get(a.scale, walk, n), shift.get(a.shift, walk, n), out);
-      walk.step();
+      for (; r < until; ++r) {
+        Kernel::template conditioned_row<T, kSilu>(a, f, r, scale.get(a.scale, walk, n), shift.get(a.shift, walk, n));
+        walk.step();
+      }
     }
     stop = start;
   }
 }
 
 PYVIDEO_CLONES void apply_f32(const Apply& a, int64_t begin, int64_t end, float* scratch) {
-  a.silu ? apply_body<float, true>(a, begin, end, scratch) : apply_body<float, false>(a, begin, end, scratch);
+  a.silu ? apply_body<Generic, float, true>(a, begin, end, scratch)
+         : apply_body<Generic, float, false>(a, begin, end, scratch);
 }
 
 PYVIDEO_CLONES void apply_bf16(const Apply& a, int64_t begin, int64_t end, float* scratch) {
-  a.silu ? apply_body<bf16, true>(a, begin, end, scratch) : apply_body<bf16, false>(a, begin, end, scratch);
+  a.silu ? apply_body<Generic, bf16, true>(a, begin, end, scratch)
+         : apply_body<Generic, bf16, false>(a, begin, end, scratch);
 }
+
+#if defined(PYVIDEO_HAS_AVX512)
+template <class T, bool kSilu>
+void apply_avx512(const Apply& a, int64_t begin, int64_t end, float* scratch) {
+  apply_body<Avx512, T, kSilu>(a, begin, end, scratch);
+}
+#endif
 
 Latent latent_of(const char* op, const char* name, const Tensor& x, const std::optional<Tensor>& z) {
   Latent out;
@@ -387,10 +541,19 @@ Tensor group_norm_silu(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   std::vector<float> partial(static_cast<size_t>(samples * stats.parts * 3 * stats.width));
   stats.partial = partial.data();
   const bool f32 = apply.x.dtype == DType::f32;
+  auto* run_stats = f32 ? stats_f32 : stats_bf16;
+  auto* run_apply = f32 ? apply_f32 : apply_bf16;
+#if defined(PYVIDEO_HAS_AVX512)
+  if (avx512()) {
+    run_stats = f32 ? stats_avx512<float> : stats_avx512<bf16>;
+    run_apply = silu ? (f32 ? apply_avx512<float, true> : apply_avx512<bf16, true>)
+                     : (f32 ? apply_avx512<float, false> : apply_avx512<bf16, false>);
+  }
+#endif
   parallel_rows(samples * stats.parts, std::min(stats.chunk, stats.pixels) * stats.width,
                 [&](int64_t begin, int64_t end) {
-                  std::vector<double> scratch(static_cast<size_t>(2 * stats.width));
-                  (f32 ? stats_f32 : stats_bf16)(stats, begin, end, scratch.data());
+                  std::vector<double> scratch(static_cast<size_t>(2 * up_to_vectors(stats.width)));
+                  run_stats(stats, begin, end, scratch.data());
                 });
   std::vector<Moments> moments(static_cast<size_t>(samples * groups));
   parallel_rows(samples * groups, stats.parts * (stats.width / groups), [&](int64_t begin, int64_t end) {
@@ -403,9 +566,10 @@ Tensor group_norm_silu(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   apply.pixels = stats.pixels;
   apply.groups = groups;
   apply.silu = silu;
+  apply.past = past_cache(apply.out, apply.width * bytes_of(apply.x.dtype), 2 * x.numel() * bytes_of(apply.x.dtype));
   parallel_rows(rows, apply.width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(Apply::kScratch * apply.width));
-    (f32 ? apply_f32 : apply_bf16)(apply, begin, end, scratch.data());
+    run_apply(apply, begin, end, scratch.data());
   });
   return out;
 }

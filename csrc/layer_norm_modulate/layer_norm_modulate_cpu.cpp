@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "common/norm.h"
+#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -13,6 +14,7 @@ struct Args {
   char* out;
   int64_t width;
   float eps;
+  bool past;  // results are written past the cache
 };
 
 template <class T>
@@ -34,6 +36,21 @@ PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* s
   body<bf16>(a, begin, end, scratch);
 }
 
+#if defined(PYVIDEO_HAS_AVX512)
+template <class T>
+PYVIDEO_AVX512 void run_avx512(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  ModulationRow modulation(scratch, a.width);
+  for (int64_t r = begin; r < end; ++r) {
+    modulation.prepare(a.modulation, r, a.width);
+    const T* x = reinterpret_cast<const T*>(a.x.row(r));
+    v512::layer_norm_row(x, v512::sum(x, a.width), a.width, a.eps, modulation.mul, modulation.add,
+                         reinterpret_cast<const T*>(a.x.row(r + 1 < end ? r + 1 : r)),
+                         reinterpret_cast<T*>(a.out) + r * a.width, a.past);
+  }
+  v512::fence();
+}
+#endif
+
 Tensor layer_norm_modulate(Tensor x, std::optional<Tensor> scale, std::optional<Tensor> shift,
                            std::optional<Tensor> weight, std::optional<Tensor> bias, double eps) {
   const char* op = "layer_norm_modulate";
@@ -49,9 +66,17 @@ Tensor layer_norm_modulate(Tensor x, std::optional<Tensor> scale, std::optional<
   a.eps = static_cast<float>(eps);
   Tensor out = new_contiguous(x);
   a.out = static_cast<char*>(out.mutable_data_ptr());
+  const bool f32 = a.x.dtype == DType::f32;
+  a.past = past_cache(a.out, a.width * bytes_of(a.x.dtype), 2 * x.numel() * bytes_of(a.x.dtype));
+  auto* run = f32 ? run_f32 : run_bf16;
+#if defined(PYVIDEO_HAS_AVX512)
+  if (avx512()) {
+    run = f32 ? run_avx512<float> : run_avx512<bf16>;
+  }
+#endif
   parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(ModulationRow::kScratch * a.width));
-    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
+    run(a, begin, end, scratch.data());
   });
   return out;
 }

@@ -4,6 +4,7 @@
 
 #include "common/math.h"
 #include "common/norm.h"
+#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -16,6 +17,7 @@ struct Args {
   int64_t width;
   float eps;
   bool silu;
+  bool past;  // results are written past the cache
 };
 
 template <class T, bool kSilu>
@@ -47,6 +49,35 @@ PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* s
   a.silu ? body<bf16, true>(a, begin, end, scratch) : body<bf16, false>(a, begin, end, scratch);
 }
 
+#if defined(PYVIDEO_HAS_AVX512)
+template <class T>
+PYVIDEO_AVX512_INLINE float factor_of(const Args& a, int64_t r) {
+  const T* x = reinterpret_cast<const T*>(a.x.row(r));
+  return 1.0f / std::sqrt(v512::sum_of_squares(x, a.width) / static_cast<float>(a.width) + a.eps);
+}
+
+template <class T, bool kSilu>
+PYVIDEO_AVX512 void run_avx512(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  using namespace v512;
+  const int64_t n = a.width;
+  ModulationRow modulation(scratch, n);
+  float next = factor_of<T>(a, begin);
+  for (int64_t r = begin; r < end; ++r) {
+    modulation.prepare(a.modulation, r, n);
+    const T* x = reinterpret_cast<const T*>(a.x.row(r));
+    T* out = reinterpret_cast<T*>(a.out) + r * n;
+    const V factor = all(next);
+    // The next row's sum, root and division run while this row is computed.
+    next = r + 1 < end ? factor_of<T>(a, r + 1) : 0.0f;
+    each(n, [&](int64_t i, auto m) PYVIDEO_AVX512_LAMBDA {
+      const V y = fma(mul(load(x + i, m), factor), load(modulation.mul + i, m), load(modulation.add + i, m));
+      store(out + i, kSilu ? v512::silu<T>(y) : y, m, a.past);
+    });
+  }
+  fence();
+}
+#endif
+
 // [B or 1, C] as the row of every pixel of a clip.
 Rows by_clip(const char* op, const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& shape) {
   if (!t.has_value()) {
@@ -75,9 +106,18 @@ Tensor pixel_norm_silu(Tensor x, std::optional<Tensor> weight, std::optional<Ten
   a.silu = silu;
   Tensor out = new_contiguous(x);
   a.out = static_cast<char*>(out.mutable_data_ptr());
+  const bool f32 = a.x.dtype == DType::f32;
+  a.past = past_cache(a.out, a.width * bytes_of(a.x.dtype), 2 * x.numel() * bytes_of(a.x.dtype));
+  auto* run = f32 ? run_f32 : run_bf16;
+#if defined(PYVIDEO_HAS_AVX512)
+  if (avx512()) {
+    run = silu ? (f32 ? run_avx512<float, true> : run_avx512<bf16, true>)
+               : (f32 ? run_avx512<float, false> : run_avx512<bf16, false>);
+  }
+#endif
   parallel_rows(row_count(shape), a.width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>((1 + ModulationRow::kScratch) * a.width));
-    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
+    run(a, begin, end, scratch.data());
   });
   return out;
 }

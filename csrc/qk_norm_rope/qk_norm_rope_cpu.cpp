@@ -4,7 +4,9 @@
 #include <tuple>
 #include <vector>
 
+#include "common/avx512.h"
 #include "common/norm.h"
+#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -30,6 +32,7 @@ struct Args {
   bool packed;          // the heads of a token of x lie one after another
   bool angles_by_head;  // else all heads of a token share them
   float eps;
+  bool past;  // results are written past the cache
 };
 
 // x <- (x - mean) * rstd * weight + bias over n values that share one statistic; `total` is their sum, or their sum of
@@ -186,6 +189,140 @@ PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end, float* s
   body<bf16>(a, begin, end, scratch);
 }
 
+#if defined(PYVIDEO_HAS_AVX512)
+// What one statistic covers, as it is applied: (x - mean) * rstd.
+struct Statistic {
+  float mean = 0.0f;
+  float rstd = 1.0f;
+};
+
+template <class T>
+PYVIDEO_AVX512_INLINE Statistic statistic(const Args& a, const T* x, int64_t n) {
+  Statistic s;
+  s.mean = a.centre ? v512::sum(x, n) / static_cast<float>(n) : 0.0f;
+  const float squares = a.centre ? v512::sum_of_squares(x, s.mean, n) : v512::sum_of_squares(x, n);
+  s.rstd = 1.0f / std::sqrt(squares / static_cast<float>(n) + a.eps);
+  return s;
+}
+
+// Of the heads of a token, which lie apart, together.
+template <class T>
+PYVIDEO_AVX512_INLINE Statistic statistic_across(const Args& a, int64_t first_head) {
+  const float width = static_cast<float>(a.heads * a.head_dim);
+  Statistic s;
+  if (a.centre) {
+    for (int64_t h = 0; h < a.heads; ++h) {
+      s.mean += v512::sum(reinterpret_cast<const T*>(a.x.row(first_head + h)), a.head_dim);
+    }
+    s.mean /= width;
+  }
+  float squares = 0.0f;
+  for (int64_t h = 0; h < a.heads; ++h) {
+    squares += v512::sum_of_squares(reinterpret_cast<const T*>(a.x.row(first_head + h)), s.mean, a.head_dim);
+  }
+  s.rstd = 1.0f / std::sqrt(squares / width + a.eps);
+  return s;
+}
+
+// Whole vectors of pairs.
+bool fits_avx512(const Args& a) { return a.head_dim % (a.interleaved || a.cos.data == nullptr ? 32 : 64) == 0; }
+
+// As `body`: a head is read for its statistic, and once more, from the cache, to be normalised and rotated in
+// registers.
+template <class T>
+PYVIDEO_AVX512 void run_avx512(const Args& a, int64_t begin, int64_t end, float* scratch) {
+  using namespace v512;
+  const int64_t n = a.head_dim;
+  FloatRow cos{scratch};
+  FloatRow sin{scratch + n};
+  float* pair_cos = scratch + 2 * n;
+  float* pair_sin = scratch + 3 * n;
+  const __m512 minus_even = _mm512_castsi512_ps(_mm512_set1_epi64(0x80000000));
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t first_head = token * a.heads;
+    const int64_t next_head = token + 1 < end ? first_head + a.heads : first_head;
+    const int64_t batch = token / a.tokens;
+    const int64_t position = token - batch * a.tokens;
+    const bool rotated = a.cos.data != nullptr && position >= a.start && position < a.stop;
+    const int64_t first_angle = (batch * (a.stop - a.start) + position - a.start) * a.heads;
+    Statistic s;
+    if (a.norm == Norm::across_heads) {
+      s = a.packed ? statistic(a, reinterpret_cast<const T*>(a.x.row(first_head)), a.heads * n)
+                   : statistic_across<T>(a, first_head);
+    } else if (a.norm == Norm::per_head) {
+      s = statistic(a, reinterpret_cast<const T*>(a.x.row(first_head)), n);
+    }
+    const float* c = nullptr;
+    const float* d = nullptr;
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const T* x = reinterpret_cast<const T*>(a.x.row(first_head + h));
+      const T* next = reinterpret_cast<const T*>(a.x.row(next_head + h));
+      T* out = reinterpret_cast<T*>(a.out.mutable_row(first_head + h));
+      const int64_t at = a.norm == Norm::across_heads ? h * n : 0;
+      const float* weight = a.weight == nullptr ? nullptr : a.weight + at;
+      const float* bias = a.bias == nullptr ? nullptr : a.bias + at;
+      const V mean = all(s.mean);
+      const V rstd = all(s.rstd);
+      if (a.norm == Norm::per_head && h + 1 < a.heads) {
+        // The next head's, whose division runs while this head is computed.
+        s = statistic(a, reinterpret_cast<const T*>(a.x.row(first_head + h + 1)), n);
+      }
+      const auto normalised = [&](int64_t i) PYVIDEO_AVX512_LAMBDA {
+        V y = load(x + i, All{});
+        if (a.norm == Norm::none) {
+          return y;
+        }
+        y = a.centre ? mul(sub(y, mean), rstd) : mul(y, rstd);
+        if (weight != nullptr) {
+          y = mul(y, load(weight + i, All{}));
+        }
+        return bias == nullptr ? y : add(y, load(bias + i, All{}));
+      };
+      if (!rotated) {
+        for (int64_t i = 0; i < n; i += 32) {
+          prefetch(next + i);
+          store(out + i, normalised(i), All{}, a.past);
+        }
+        continue;
+      }
+      if (h == 0 || a.angles_by_head) {
+        c = cos.get(a.cos, first_angle + h, n);
+        d = sin.get(a.sin, first_angle + h, n);
+        if (a.interleaved) {
+          // Every pair's cosine twice, its sine once with a minus: cos is read at even and sin at odd indices.
+          for (int64_t i = 0; i < n; i += 16) {
+            _mm512_storeu_ps(pair_cos + i, _mm512_moveldup_ps(_mm512_loadu_ps(c + i)));
+            _mm512_storeu_ps(pair_sin + i, _mm512_xor_ps(_mm512_movehdup_ps(_mm512_loadu_ps(d + i)), minus_even));
+          }
+        }
+      }
+      if (a.interleaved) {
+        for (int64_t i = 0; i < n; i += 32) {
+          prefetch(next + i);
+          const V y = normalised(i);
+          const V swapped{_mm512_permute_ps(y.a, 0xb1), _mm512_permute_ps(y.b, 0xb1)};
+          const V r = fma(y, load(pair_cos + i, All{}), mul(swapped, load(pair_sin + i, All{})));
+          store(out + i, r, All{}, a.past);
+        }
+        continue;
+      }
+      const int64_t half = n / 2;
+      for (int64_t i = 0; i < half; i += 32) {
+        prefetch(next + i);
+        prefetch(next + half + i);
+        const V low = normalised(i);
+        const V high = normalised(half + i);
+        const V ci = load(c + i, All{});
+        const V si = load(d + i, All{});
+        store(out + i, sub(mul(low, ci), mul(high, si)), All{}, a.past);
+        store(out + half + i, fma(low, si, mul(high, ci)), All{}, a.past);
+      }
+    }
+  }
+  fence();
+}
+#endif
+
 // A table [S_rot, head_dim] or [1 or B, S_rot, 1 or heads, head_dim], one row a head of every rotated token.
 Rows table_rows(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& shape) {
   const char* op = "qk_norm_rope";
@@ -243,9 +380,19 @@ void one(const char* name, const Tensor& x, const char* weight_name, const std::
   a.bias = float_vector(op, bias_name, bias, values, bias_storage);
   a.out = rows_like(op, name, out, shape);
   const int64_t width = a.heads * a.head_dim;
+  const bool f32 = a.x.dtype == DType::f32;
+  // In place, the lines that are written are in the cache.
+  a.past = x.const_data_ptr() != out.const_data_ptr() &&
+           past_cache(a.out.data, a.head_dim * bytes_of(a.x.dtype), 2 * x.numel() * bytes_of(a.x.dtype));
+  auto* run = f32 ? run_f32 : run_bf16;
+#if defined(PYVIDEO_HAS_AVX512)
+  if (avx512() && fits_avx512(a)) {
+    run = f32 ? run_avx512<float> : run_avx512<bf16>;
+  }
+#endif
   parallel_rows(shape[0] * a.tokens, width, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(width + 4 * a.head_dim));
-    (a.x.dtype == DType::f32 ? run_f32 : run_bf16)(a, begin, end, scratch.data());
+    run(a, begin, end, scratch.data());
   });
 }
 

@@ -26,6 +26,15 @@ ROW_OPS = [name for name in CPU_OPS if not name.startswith("qk_norm_rope") and "
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True, params=["avx512", "any CPU"])
+def path(request):
+    """Every test twice: kernels with code of their own for AVX-512 have one for other CPUs."""
+    extension, _ = _native._load()
+    before = extension.allow_avx512(request.param == "avx512")
+    yield
+    extension.allow_avx512(before)
+
+
 def inputs(name, shape, dtype):
     """Arguments of an op at ``shape``, modulation in fp32 beside ``dtype`` data, as the models have it."""
     g = torch.Generator().manual_seed(zlib.crc32(f"{name} {shape}".encode()))
