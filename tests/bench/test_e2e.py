@@ -222,7 +222,7 @@ def test_without_diffusers_it_is_one_sentence(monkeypatch):
     ("arguments", "code", "words"),
     [
         (["--ab", "eagr"], Exit.USAGE, "there is no variant 'eagr' (did you mean 'eager'?)"),
-        (["--ab", "ours:impl=cuba"], Exit.USAGE, "(did you mean 'cuda'?)"),
+        (["--ab", "ours:impl=cudaa"], Exit.USAGE, "(did you mean 'cuda'?)"),
         (["--model", "nowhere/at-all.d", "--device", "cpu"], Exit.MODEL, "nowhere/at-all.d"),
         (
             ["--random-weights", "--model", "tiny-random-wan", "--frames", "6", "--device", "cpu"],
