@@ -1,11 +1,11 @@
 # make film PROMPT="a red ball moves left on a black background"
-# make test | bench | numbers | cuda | lint | format | clean
+# make test | sanitize | bench | numbers | cuda | lint | format | clean
 #
 # Each target sets up what it needs in .venv first (once). Variables:
 #   PYTHON       interpreter that makes .venv (>= 3.11)
 #   CONSTRAINTS  pinned versions to install; constraints-torch2.11.txt is the older supported pair
 #   TORCH_INDEX  extra package index for torch, e.g. https://download.pytorch.org/whl/cpu to avoid the CUDA libraries
-#   OUTPUT       where the film goes        PYTEST_ARGS, BENCH_ARGS  more arguments for make test, make bench
+#   OUTPUT       where the film goes        PYTEST_ARGS, BENCH_ARGS, RUNS  arguments for make test, make bench, make sanitize
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -14,6 +14,7 @@ OUTPUT ?= film.mp4
 PROMPT ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+RUNS ?=
 CUDA_ARCHS ?= 80;90a;100a;120a
 
 VENV := .venv
@@ -27,7 +28,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup film test bench numbers cuda lint format clean
+.PHONY: help setup film test sanitize bench numbers cuda lint format clean
 
 # A prompt is free text: it reaches the shell through the environment, with quotes, $ and backquotes untouched.
 override PROMPT := $(value PROMPT)
@@ -69,6 +70,11 @@ film: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# The tests of the compiled CPU kernels under ASan, UBSan and TSan, and as older CPUs would run them;
+# RUNS="thread x86-64-v3" for some.
+sanitize: $(INSTALLED)
+	@$(BIN)/python -m tests.build.sanitize $(RUNS)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

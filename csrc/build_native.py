@@ -31,9 +31,8 @@ TORCH_TARGET = "0x020b000000000000"
 # Architectures with features that only the "a" target exposes (wgmma, tcgen05, ...).
 SPECIFIC = {"90": "90a", "100": "100a", "103": "103a", "120": "120a"}
 
-# -O1 keeps the build short and the lines of a report true. One version of every kernel (PYVIDEO_BASELINE): where there
-# are several, the loader asks which to take before the sanitizer's runtime is there, and that code is instrumented too.
-SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DPYVIDEO_BASELINE"]
+# -O1 keeps the build short and the lines of a report true. PYVIDEO_SANITIZED: one version of every kernel (isa.h).
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-DPYVIDEO_SANITIZED"]
 SANITIZERS = {
     "address": ["-fsanitize=address"],
     # Types of other libraries' objects cannot be looked up in them: they hide their type information.

@@ -3,8 +3,10 @@
 
 // A function marked PYVIDEO_CLONES is compiled once per level and chosen when the library is loaded (an ifunc, so the
 // call costs nothing extra). Everything it calls must be PYVIDEO_INLINE: an out-of-line helper would keep the
-// baseline instruction set. PYVIDEO_BASELINE leaves one version, for the compiler's own -march.
-#if defined(PYVIDEO_BASELINE)
+// baseline instruction set. PYVIDEO_BASELINE leaves one version, for the compiler's own -march; so does
+// PYVIDEO_SANITIZED, for a sanitizer's runtime is not there yet when the loader asks which version to take, and that
+// code asks it.
+#if defined(PYVIDEO_BASELINE) || defined(PYVIDEO_SANITIZED)
 #define PYVIDEO_CLONES
 #elif defined(__x86_64__) && defined(__ELF__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define PYVIDEO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

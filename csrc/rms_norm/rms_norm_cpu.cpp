@@ -22,8 +22,10 @@ template <class T>
 PYVIDEO_INLINE void body(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* x = reinterpret_cast<const T*>(a.x.row(r));
-    const float mean = sum_of_squares(x, 0.0f, a.width) / static_cast<float>(a.width);
-    scale_row(x, a.width, 1.0f / std::sqrt(mean + a.eps), a.weight, reinterpret_cast<T*>(a.out) + r * a.width);
+    // In double: the whole row shares this factor, and would share three more roundings.
+    const double mean = static_cast<double>(sum_of_squares(x, 0.0f, a.width)) / static_cast<double>(a.width);
+    const float factor = static_cast<float>(1.0 / std::sqrt(mean + a.eps));
+    scale_row(x, a.width, factor, a.weight, reinterpret_cast<T*>(a.out) + r * a.width);
   }
 }
 

@@ -149,7 +149,7 @@ def test_a_sanitized_build_has_its_own_flags_and_the_planted_faults(builder):
         return builder._ninja_file(Path("/out/_C.so"), info, ["g++"], Path("/torch"), None, sanitizer)
 
     plain, asan = text(), text(*builder.sanitizer_flags("address,undefined", "x86-64-v4"))
-    assert "sanitize" not in plain and "planted" not in plain and "PYVIDEO_BASELINE" not in plain
+    assert "sanitize" not in plain and "planted" not in plain and "PYVIDEO_SANITIZED" not in plain
     flags = next(line for line in asan.splitlines() if line.startswith("cxxflags = "))
     for flag in ("-fsanitize=address", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-march=x86-64-v4"):
         assert flag in flags.split()
