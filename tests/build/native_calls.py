@@ -2,26 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyvideo_kernels import dispatch
+from pyvideo_kernels import _native, dispatch
 from pyvideo_kernels.errors import UnsupportedError
 from pyvideo_kernels.schemas import OPS
 from pyvideo_kernels.testing.compare import samples
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def has_source(name):
-    home = name.removesuffix("_")
-    return (CSRC / home / f"{home}_cpu.cpp").is_file()
-
-
-NAMES = [name for name, op in OPS.items() if "cpu" in op.impls and has_source(name)]
+# Those that a kernel of csrc/ serves alone. Where a product of torch's follows, as in patch_embed3d, the bits are the
+# BLAS's, which may sum in another order for another number of threads or at another address.
+NAMES = [name for name, devices in _native._KERNELS.items() if "cpu" in devices] + ["patchify"]
 
 
 @dataclasses.dataclass
@@ -73,6 +68,8 @@ def same(first, second):
 
 def calls(name, dtype):
     """The op's samples in ``dtype`` that its CPU implementation takes."""
+    if name == "patchify":
+        return [patchify(dtype)]
     op = OPS[name]
     function = dispatch.load(op, "cpu")
     found = []
@@ -87,14 +84,25 @@ def calls(name, dtype):
     return found
 
 
-def large(name, dtype):
-    """A call whose rows torch shares among threads, which it does not with samples; None where those do for an op."""
+def patchify(dtype):
+    """The compiled part of patch_embed3d."""
+    video = torch.randn(2, 3, 5, 34, 38, generator=torch.Generator().manual_seed(2)).to(dtype)
+    args = (video[:, :, 1:, :, 2:], (1, 2, 2))
+    return Call("patchify", f"patchify {dtype}", _native.part("patchify"), args)
+
+
+def large(name, dtype, shape=(2, 331, 515)):
+    """A call on ``[batch, tokens, width]`` of an op on rows; None for other ops.
+
+    torch shares rows among threads only if there are some thousands of values to a thread, more than samples have.
+    """
     from tests.build import test_native
 
     if name.startswith("qk_norm_rope"):
-        args = test_native.rope_inputs(2, 331, 4, 64, dtype, "across_heads", "interleaved")
+        heads = max(shape[2] // 64, 1)
+        args = test_native.rope_inputs(*shape[:2], heads, 64, dtype, "across_heads", "interleaved")
     elif name in test_native.ROW_OPS:
-        args = test_native.inputs(name, (2, 331, 515), dtype)
+        args = test_native.inputs(name, shape, dtype)
     else:
         return None
     return Call(name, f"{name} {dtype} large", dispatch.load(OPS[name], "cpu"), args)

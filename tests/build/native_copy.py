@@ -59,10 +59,10 @@ def level(folder, **how):
 
 
 def run_tests(folder, *arguments, **how):
-    """The tests of the compiled CPU kernels, in the copy."""
+    """The tests of the compiled CPU kernels, in the copy; ``arguments`` are pytest's."""
     # What a sanitizer writes to stderr as it ends the process must not be pytest's to lose.
     plugins = ("--capture=sys", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "tests.build.native_copy")
-    done = python(folder, "-m", "pytest", "-v", *plugins, *(arguments or ("tests/build", "tests/ops")), **how)
+    done = python(folder, "-m", "pytest", "-v", *plugins, *arguments, "tests/build", "tests/ops", **how)
     lines = done.stdout.strip().splitlines() or ["no output"]
     summary = lines[-1].strip("= ")
     if done.returncode:

@@ -99,7 +99,7 @@ def sanitized(monkeypatch, tmp_path):
     monkeypatch.setattr(native_copy, "make", lambda *_: None)
 
     def run(outcome, report=""):
-        def tests(copy, **how):
+        def tests(copy, *_, **how):
             if report:
                 (copy.parent / "reports" / "report.7").write_text(report)
             return outcome
