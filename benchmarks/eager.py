@@ -6,6 +6,7 @@ order of operations and the dtype of each are the reference implementation's, fo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def final_layer(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: T
 
 # Elements of a mask at a time: 1 GiB, the whole of it at Wan's 480p.
 _MASK = 1 << 30
+# Elements of a mask that is kept from call to call.
+_KEPT = 1 << 26
 
 
 def spacetime_attention(
@@ -109,20 +112,29 @@ def spacetime_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    at = torch.meshgrid(*(torch.arange(n, device=q.device) for n in grid), indexing="ij")
-    axes = [
-        (place.flatten(), *axis_window(n, size, step, False, q.device))
-        for place, n, size, step in zip(at, grid, window, stride, strict=True)
-    ]
-    rows = max(1, _MASK // q.shape[2])
+    tokens = q.shape[2]
+    # A model makes a mask once and keeps it, where it can.
+    make = _kept_window_mask if tokens**2 <= _KEPT else _window_mask
+    rows = max(1, _MASK // tokens)
     parts = []
-    for start in range(0, q.shape[2], rows):
-        mask = torch.ones((), dtype=torch.bool, device=q.device)
-        for place, first, last in axes:
-            mine = place[start : start + rows, None]
-            mask = mask & (place >= first[mine]) & (place <= last[mine])
+    for start in range(0, tokens, rows):
+        mask = make(tuple(grid), tuple(window), tuple(stride), start, min(start + rows, tokens), q.device)
         parts.append(F.scaled_dot_product_attention(q[:, :, start : start + rows], k, v, attn_mask=mask))
     return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _window_mask(grid: Any, window: Any, stride: Any, start: int, stop: int, device: Any) -> Tensor:
+    """``[stop - start, tokens]``: what those queries see."""
+    at = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    mask = torch.ones((), dtype=torch.bool, device=device)
+    for place, length, size, step in zip((x.flatten() for x in at), grid, window, stride, strict=True):
+        first, last = axis_window(length, size, step, False, device)
+        mine = place[start:stop, None]
+        mask = mask & (place >= first[mine]) & (place <= last[mine])
+    return mask
+
+
+_kept_window_mask = functools.lru_cache(maxsize=1)(_window_mask)
 
 
 def _tiled(x: Tensor, grid: Any, tile: Any) -> Tensor:

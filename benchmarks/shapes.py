@@ -111,6 +111,8 @@ ATTENTION_GPU: Shapes = {
 ATTENTION_CPU: Shapes = {
     "wan-1.3b-256": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128},
     "wan-1.3b-256-window-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "window": (3, 9, 9)},
+    "wan-1.3b-4k": {"grid": (4, 32, 32), "heads": 12, "head_dim": 128},
+    "wan-1.3b-4k-window-90%": {"grid": (8, 16, 32), "heads": 12, "head_dim": 128, "window": (4, 8, 13)},
 }
 
 INT8_GPU: Shapes = {
@@ -139,6 +141,8 @@ SPARSE_GPU: Shapes = {
 SPARSE_CPU: Shapes = {
     "wan-1.3b-1280-64-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "tile": (4, 4, 4), "sparsity": 0.80},
     "wan-1.3b-1280-128-80%": {"grid": (5, 16, 16), "heads": 12, "head_dim": 128, "tile": (4, 4, 8), "sparsity": 0.80},
+    "wan-1.3b-4k-64-80%": {"grid": (8, 16, 32), "heads": 12, "head_dim": 128, "tile": (4, 4, 4), "sparsity": 0.80},
+    "wan-1.3b-4k-64-90%": {"grid": (8, 16, 32), "heads": 12, "head_dim": 128, "tile": (4, 4, 4), "sparsity": 0.90},
 }
 _MEAN_ONLY = ("grid", "heads", "head_dim", "tile")
 MEAN_GPU: Shapes = {
