@@ -24,6 +24,7 @@ from pyvideo_kernels.integrations.diffusers.steps import past_dense_steps
 from . import quality
 from .attention_choice import Choice, choose
 from .clips import Clip, Clock, peak_memory, ratios, run_clip, seconds, turns
+from .loops import Sampled, decoding
 from .variants import BEST, Built, Variant, build
 
 OnEvent = Callable[[str, "Entry"], None]
@@ -165,7 +166,7 @@ class Session:
 
     def _clip(self, built: Built) -> Clip:
         torch.manual_seed(self.source.seed)
-        return run_clip(built.pipe, self.source.inputs(), self.source.decode, self.clock)
+        return run_clip(built.pipe, self.source.inputs(), decoding(built.pipe, self.source.decode), self.clock)
 
     def warm(self, entry: Entry) -> None:
         """Build a variant, run its first clip, check its video and compare it with the base's."""
@@ -181,6 +182,8 @@ class Session:
         else:
             clip = self._clip(built)
         entry.first = clip.total
+        if isinstance(built.pipe, Sampled):
+            entry.facts["evaluation"] = built.pipe.evaluation.as_dict()
         entry.facts["calls"] = _new_calls(calls)
         entry.facts["fallbacks"] = built.report.fallbacks() if built.report else {}
         if graphs is not None:
@@ -267,7 +270,8 @@ class Session:
         from .. import profile
 
         assert entry.built is not None
-        pipe, decode = entry.built.pipe, self.source.decode
+        pipe = entry.built.pipe
+        decode = decoding(pipe, self.source.decode)
 
         def stop(running: Any, *_: Any) -> dict[str, Any]:
             running._interrupt = True  # diffusers' own way: the remaining steps do nothing

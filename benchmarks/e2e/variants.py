@@ -12,6 +12,8 @@ ours         attention  accelerate()'s ``attention``, as ``pyvideo sample --atte
 ours         impl       auto, reference, triton, cuda, cpu, ...: accelerate()'s ``impl``
 ours         ops        op names joined by ``+``, or all
 ours         strict     true, false
+ours         loop       sampler (default): what ``pyvideo sample`` runs, where it runs the model; pipeline:
+                        ``pipe.__call__``, as of eager and compile (``loops.py``)
 compile      scope      model (default: the whole transformer), blocks (its repeated blocks, in full graphs)
 compile      mode       torch.compile's modes
 compile      dynamic    true, false: torch.compile's ``dynamic``
@@ -40,6 +42,8 @@ from pyvideo_kernels.errors import ModelError, UnsupportedError, ValueOptionErro
 from pyvideo_kernels.integrations import Report, accelerate
 from pyvideo_kernels.sampler.kernels import forward_ops
 from pyvideo_kernels.sampler.problems import did_you_mean
+
+from .loops import LOOPS, Sampled, samples
 
 BASE = "eager"
 BEST = "best"
@@ -78,6 +82,12 @@ class Variant:
     accelerate: Mapping[str, Any] | None = None
     compile: Compile | None = None
     backend: str | None = None
+    loop: str | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its clips go through the sampler's loop, if the sampler runs the model."""
+        return self.accelerate is not None and self.loop != "pipeline"
 
     @property
     def exact(self) -> bool:
@@ -139,6 +149,7 @@ def parse_all(texts: Iterable[str]) -> tuple[Variant, ...]:
 
 def _variant(name: str, bases: list[str], given: dict[str, Any]) -> Variant:
     backend = given.pop("backend", None)
+    loop = given.pop("loop", None)
     ours = {key: given.pop(key) for key in tuple(_OURS) if key in given}
     how = Compile(**given)
     if how.mode is not None and how.compiler != "inductor":
@@ -148,6 +159,7 @@ def _variant(name: str, bases: list[str], given: dict[str, Any]) -> Variant:
         accelerate=ours if "ours" in bases else None,
         compile=how if "compile" in bases else None,
         backend=backend,
+        loop=loop,
     )
 
 
@@ -190,7 +202,13 @@ def _backend(text: str, key: str, value: str) -> str:
     return _choice(BEST, *attention_backends())(text, key, value)
 
 
-_OURS: dict[str, _Reader] = {"attention": _attention, "impl": _choice(*IMPLS), "ops": _ops, "strict": _truth}
+_OURS: dict[str, _Reader] = {
+    "attention": _attention,
+    "impl": _choice(*IMPLS),
+    "ops": _ops,
+    "strict": _truth,
+    "loop": _choice(*LOOPS),
+}
 _COMPILE: dict[str, _Reader] = {
     "scope": _choice(*_SCOPES),
     "mode": _choice(*_MODES),
@@ -266,6 +284,9 @@ def build(pipe: Any, variant: Variant) -> Built:
         built.report = accelerate(own, **variant.accelerate)
     if variant.compile is not None:
         _compile(own, variant.compile)
+    if variant.sampled and samples(own):
+        given = variant.accelerate or {}
+        built.pipe = Sampled(own, impl=given.get("impl", "auto"), ops=given.get("ops", "all"))
     return built
 
 

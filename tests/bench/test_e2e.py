@@ -282,9 +282,10 @@ def test_a_session_end_to_end(source, quick):
     assert 0 < eager["quality"]["float32_error"] == dense["quality"]["eager_float32_error"]
     assert 0 < dense["quality"]["float32_error"] < 2 * eager["quality"]["float32_error"]
     assert dense["quality"]["psnr"]["min"] > 20 and len(dense["quality"]["frames"]) == 5
-    # Calls are of this variant's one clip, not of the process: 2 steps, each with and without the prompt, 2 blocks.
-    assert sum(dense["calls"]["spacetime_attention"].values()) == 8
+    # Calls are of this variant's one clip, not of the process: 2 steps, with and without the prompt at once, 2 blocks.
+    assert sum(dense["calls"]["spacetime_attention"].values()) == 4
     assert "spacetime_attention" not in rows["ours"]["calls"]
+    assert dense["evaluation"]["guidance_batch"]["on"] and "evaluation" not in eager
     assert eager["calls"] == {} and dense["fallbacks"] == {}
 
 

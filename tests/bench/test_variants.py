@@ -7,6 +7,7 @@ import torch
 
 from pyvideo_kernels.benchmarks import models
 from pyvideo_kernels.benchmarks.e2e import attention_choice, quality
+from pyvideo_kernels.benchmarks.e2e.loops import Sampled
 from pyvideo_kernels.benchmarks.e2e.variants import (
     BASE,
     Compile,
@@ -148,6 +149,49 @@ def test_accelerating_one_leaves_the_others_stock(pipe, inputs):
     assert ours.report.calls() == before
     torch.testing.assert_close(ours.pipe(**inputs())[0], stock, rtol=1e-3, atol=1e-3)
     assert ours.report.calls()["spacetime_attention"]
+
+
+def test_ours_is_what_the_sampler_runs_and_the_others_are_the_pipeline(pipe, inputs):
+    """By the calls of the transformer, in inference mode or not; the latents are the same."""
+    found = {}
+    for name in (
+        "eager",
+        "compile:compiler=eager,scope=blocks",
+        "ours",
+        "ours:loop=pipeline",
+        "compile+ours:compiler=eager",
+    ):
+        own = build(pipe, parse(name)).pipe
+        calls, rope = [], own.transformer.rope
+        real = rope.forward
+
+        def forward(x, calls=calls, real=real):
+            calls.append((x.shape[0], torch.is_inference_mode_enabled()))
+            return real(x)
+
+        rope.forward = forward
+        ends = []
+        latents = own(**inputs(), callback_on_step_end=lambda pipe, i, t, kwargs, ends=ends: ends.append(i) or {})[0]
+        found[name] = calls, ends, latents
+    eager = found["eager"][2]
+    for name, (calls, ends, latents) in found.items():
+        expected = [(2, True)] * 2 if name == "ours" else [(1, False)] * 4
+        assert (calls, ends) == (expected, [0, 1]) or "compile" in name, name
+        torch.testing.assert_close(latents, eager, rtol=1e-3, atol=1e-3)
+    assert not isinstance(build(pipe, parse("ours:loop=pipeline")).pipe, Sampled)
+    ours = build(pipe, parse("ours")).pipe
+
+    def stop(running, *_):
+        running._interrupt = True
+        return {}
+
+    one = ours(**inputs(), callback_on_step_end=stop)[0]
+    assert ours.evaluation.guidance_batch.on and not torch.equal(one, ours(**inputs())[0])
+    with pytest.raises(TypeError, match="does not know attention_kwargs"):
+        ours(**inputs(), attention_kwargs={})
+    modes = []
+    ours.decode(lambda pipe, x: modes.append((torch.is_inference_mode_enabled(), pipe)) or x, one)
+    assert modes == [(True, ours._pipe)]
 
 
 def test_an_attention_backend_binds_one_copy_and_not_the_process(pipe, inputs):
