@@ -61,7 +61,7 @@ void for_each_tile(int64_t items, const Level& level, int64_t head_dim, double s
     return;
   }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, items, 1, [&](int64_t, int64_t) {
+  parallel_for(0, items, 1, [&](int64_t, int64_t) {
     int64_t item = next.fetch_add(1, std::memory_order_relaxed);
     if (item >= items) {
       return;
