@@ -190,7 +190,8 @@ class Bench:
     def blocks(self, path: Path) -> Result:
         """Two blocks at the width of a true model: a forward of the transformer."""
         dtype = goals.DTYPES[goals.sampler_dtype(self.device)]
-        return self._e2e(**goals.BLOCKS, random_weights=True, rounds=goals.ROUNDS, dtype=dtype)
+        variants = ("eager", goals.ACCELERATED)
+        return self._e2e(**goals.BLOCKS, variants=variants, random_weights=True, rounds=goals.ROUNDS, dtype=dtype)
 
     def _e2e(self, **asked: Any) -> Result:
         import pyvideo_kernels.benchmarks.e2e as e2e
