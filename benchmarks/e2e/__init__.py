@@ -17,7 +17,13 @@ import torch
 
 from pyvideo_kernels.configs import slug
 from pyvideo_kernels.errors import ModelError, UnsupportedError, UsageError
-from pyvideo_kernels.sampler.loading import dtype_name, is_out_of_memory, pick_device, pick_dtype
+from pyvideo_kernels.sampler.loading import (
+    dtype_name,
+    is_out_of_memory,
+    pick_device,
+    pick_dtype,
+    transformer_width,
+)
 from pyvideo_kernels.sampler.problems import Exit, Interrupted, OutOfMemoryError, did_you_mean
 from pyvideo_kernels.sampler.video import check_folder, write_bytes
 
@@ -103,8 +109,8 @@ def run(request: Request, on_event: OnEvent | None = None) -> dict[str, Any]:
     request.check()
     variants = parse_all(request.variants)
     device = _device(request.device)
-    dtype = pick_dtype(request.dtype, device)
     _need_diffusers()
+    dtype = _dtype(request, device, lambda text: say("note", {"text": text}))
     say("load", {"model": request.model, "device": str(device), "dtype": dtype_name(dtype)})
     try:
         source, settings = load(request, device, dtype, lambda text: say("note", {"text": text}))
@@ -143,6 +149,17 @@ def _device(name: str) -> torch.device:
         return pick_device(name)
     except RuntimeError:
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N; got {name!r}") from None
+
+
+def _dtype(request: Request, device: torch.device, note: Callable[[str], None]) -> torch.dtype:
+    """As the sampler picks it; on a CPU that asks the model for its width."""
+    if request.dtype != "auto" or device.type != "cpu":
+        return pick_dtype(request.dtype, device)
+    if request.random_weights:
+        arch = models.architecture(_architecture_name(request.model))
+    else:
+        arch, _ = models.find(request.model, note)
+    return pick_dtype("auto", device, transformer_width(arch.transformer.config))
 
 
 def _need_diffusers() -> None:

@@ -99,7 +99,9 @@ def sample(
             help="Compute keys and values of the text once a film; auto: where it is a share of the work.",
         ),
     ] = "auto",
-    dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, the faster on a CPU.")
+    ] = "auto",
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
     offload: Annotated[
         str, typer.Option(metavar=_one_of(OFFLOADS), help="Keep weights off the GPU until they are used.")
@@ -161,6 +163,10 @@ def _sample(given: dict[str, Any], config: str | None, reporter: Reporter) -> No
         reporter.plan(sampler.describe(plan))
     if len(plans) > 8:
         reporter.note(f"and {len(plans) - 8} more films")
+    if sampler.dtype_why is not None:
+        from .loading import dtype_name
+
+        reporter.note(f"{dtype_name(sampler.dtype)} on this CPU: {sampler.dtype_why}")
     runs: list[dict[str, Any]] = []
     done: list[Path] = []
     try:
@@ -301,7 +307,9 @@ def verify(
     ] = "tiny",
     random_weights: Annotated[bool, typer.Option("--random-weights", help="True size, no download.")] = False,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="auto: the first GPU.")] = "auto",
-    dtype: Annotated[str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, fp32 on a CPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar=_one_of(DTYPES), help="auto: bf16 on a GPU, the faster on a CPU.")
+    ] = "auto",
     attention: Annotated[
         str | None, typer.Option(help="dense checks ours; default: the model's own. Sparse and int8 are refused.")
     ] = None,

@@ -32,6 +32,7 @@ def facts() -> dict[str, Any]:
         **collect_env.collect(load_peers=True),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "cpu_dtype": _cpu_dtype(),
         "self_check": {"record": str(verdicts.record_path()), "verdicts": _verdicts(device)},
         "tuned": tuned.describe(target.gpu, str(target)) if target.gpu else "tables are for GPUs; rules choose",
         "dense_attention": _dense_attention(device),
@@ -41,6 +42,19 @@ def facts() -> dict[str, Any]:
     if "does not load" in _native.why_not():
         broken.append(f"{_native.why_not()}; reinstall pyvideo-kernels")
     return found | {"broken": broken}
+
+
+def _cpu_dtype() -> list[dict[str, str]]:
+    """What ``--dtype auto`` is on this machine's CPU, by the width of the model, and why."""
+    from . import cpu_dtype
+    from .loading import dtype_name
+
+    rows = []
+    for models, width in ((f"width {cpu_dtype.NARROW} and more", cpu_dtype.NARROW), ("narrower", None)):
+        chosen = cpu_dtype.choose(width)
+        why = chosen.why if width is not None else "products are not what takes the time"
+        rows.append({"models": models, "dtype": dtype_name(chosen.dtype), "why": why})
+    return rows
 
 
 def _dense_attention(device: torch.device) -> list[dict[str, str]]:
@@ -111,6 +125,9 @@ def _rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     said = f"{len(found) - len(failed)} passed, {len(failed)} failed" if found else "none made so far on this device"
     rows = [*collect_env.rows(data), ("tuned tiles", data["tuned"])]
     rows.append(("self-checks", f"{said}; kept in {data['self_check']['record']}"))
+    rows.append(
+        ("dtype on a CPU", "; ".join(f"{row['models']}: {row['dtype']} ({row['why']})" for row in data["cpu_dtype"]))
+    )
     rows += _attention_rows(data["dense_attention"])
     rows += [("self-check FAILED", f"{name}: auto does not run it here") for name in failed]
     return rows + [("BROKEN", sentence) for sentence in data["broken"]]

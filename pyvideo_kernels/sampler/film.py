@@ -307,6 +307,7 @@ class Film:
             **self.metadata(),
             "plan": self.plan.as_dict(),
             "device": str(self.sampler.device),
+            "dtype_why": self.sampler.dtype_why,
             "steps_by": self.stepped_by,
             "evaluation": self.evaluation.as_dict(),
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()}

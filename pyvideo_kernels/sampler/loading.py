@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..error_types import ModelError, UsageError
 from ..nn.memory import is_out_of_memory as is_out_of_memory
+from . import cpu_dtype
 from .modeldir import Model
 from .problems import OutOfMemoryError
 
@@ -32,13 +33,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 on a GPU that has it (fp16 on one that has not) and fp32 on the CPU."""
+def pick_dtype(name: str, device: torch.device, width: int | None = None) -> torch.dtype:
+    """``auto`` is bf16 on a GPU that has it (fp16 on one that has not), and on a CPU what it does faster.
+
+    Args:
+        width: of the transformer; None: there is none, and a CPU computes in fp32.
+    """
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cpu":
-        return torch.float32
+        return cpu_dtype.choose(width).dtype
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def transformer_width(config: Mapping[str, Any]) -> int | None:
+    """Features of a token, from a transformer's configuration."""
+    heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return int(heads) * int(head_dim) if heads and head_dim else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

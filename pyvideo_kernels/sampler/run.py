@@ -66,6 +66,8 @@ class Sampler:
         self.report: Any = None
         self.device: torch.device
         self.dtype: torch.dtype
+        self.dtype_why: str | None = None
+        """Why this one, where a CPU chose."""
         self._ready = self._undo = False
         self.seconds: dict[str, float] = {}
         """Starting (imports, mostly torch's) and loading; the first film's stats take them."""
@@ -107,7 +109,7 @@ class Sampler:
         if self._ready:
             return
         started = time.perf_counter()
-        from . import kernels, loading
+        from . import cpu_dtype, kernels, loading
 
         s = self.settings
         if self._given:
@@ -116,7 +118,10 @@ class Sampler:
             self.dtype = transformer.dtype
         else:
             self.device = loading.pick_device(s.device)
-            self.dtype = loading.pick_dtype(s.dtype, self.device)
+            width = loading.transformer_width(self.model.transformer)
+            self.dtype = loading.pick_dtype(s.dtype, self.device, width)
+            if s.dtype == "auto" and self.device.type == "cpu":
+                self.dtype_why = cpu_dtype.choose(width).why
             if s.dtype == "fp16" and self.device.type == "cpu":
                 self.reporter.note("--dtype fp16 is slow on a CPU: bf16 takes as little memory, fp32 is more exact")
             if s.offload != "none" and self.device.type != "cuda":

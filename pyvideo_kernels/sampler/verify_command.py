@@ -23,13 +23,14 @@ def random_pipeline(settings: Settings) -> Any:
     """
     from ..benchmarks.models import architecture
     from ..benchmarks.models import random_pipeline as build
-    from .loading import pick_device, pick_dtype
+    from .loading import pick_device, pick_dtype, transformer_width
 
     device = pick_device(settings.device)
     arch = architecture(settings.model)
     if arch.pipeline not in PIPELINES:
         raise ModelError(f"verify knows Wan models so far; {settings.model} is a {arch.pipeline}")
-    return build(arch, dtype=pick_dtype(settings.dtype, device), device=device)
+    width = transformer_width(arch.transformer.config)
+    return build(arch, dtype=pick_dtype(settings.dtype, device, width), device=device)
 
 
 def command(settings: Settings, json_file: Path | None, reporter: Reporter, *, random_weights: bool = False) -> bool:
