@@ -61,7 +61,17 @@ def level(folder, **how):
 def run_tests(folder, *arguments, **how):
     """The tests of the compiled CPU kernels, in the copy; ``arguments`` are pytest's."""
     # What a sanitizer writes to stderr as it ends the process must not be pytest's to lose.
-    plugins = ("--capture=sys", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "tests.build.native_copy")
+    plugins = (
+        "--capture=sys",
+        "--durations=20",
+        "--durations-min=0.5",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        "-p",
+        "tests.build.native_copy",
+    )
     done = python(folder, "-m", "pytest", "-v", *plugins, *arguments, "tests/build", "tests/ops", **how)
     lines = done.stdout.strip().splitlines() or ["no output"]
     summary = lines[-1].strip("= ")

@@ -220,9 +220,9 @@ def do(run, folder_of_objects):
     except Failed as error:
         outcome = Outcome("", *error.args)
     text = f"{run}: {outcome.failure or 'passed'} ({time.monotonic() - began:.0f} s; {outcome.summary or 'no tests'})"
+    log = FOLDER / f"{run.replace(',', '-')}.log"
+    log.write_text(outcome.output)
     if outcome.failure:
-        log = FOLDER / f"{run.replace(',', '-')}.log"
-        log.write_text(outcome.output)
         text += f"\n{outcome.output[-8000:]}\nall of it: {log}"
     return text, not outcome.failure
 
