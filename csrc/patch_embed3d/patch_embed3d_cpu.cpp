@@ -78,6 +78,9 @@ Tensor patchify(Tensor video, std::vector<int64_t> patch) {
   }
   const std::vector<int64_t> shape{video.size(0), a.tokens[0] * a.tokens[1] * a.tokens[2], columns};
   Tensor out = torch::stable::new_empty(video, shape);
+  if (out.numel() == 0) {
+    return out;  // has no address to count from
+  }
   a.video = static_cast<const char*>(video.const_data_ptr());
   a.out = static_cast<char*>(out.mutable_data_ptr());
   const auto run = dtype_of(op, "video", video) == DType::f32 ? lines<float> : lines<bf16>;
