@@ -190,6 +190,9 @@ def at_level(level, folder_of_objects):
     folder.mkdir(parents=True, exist_ok=True)
     stub, extension = folder / "cpu_level.o", folder / EXTENSION
     compiler = build.find_compiler()
+    version = build._output(*compiler, "-dumpversion").partition(".")[0]
+    if build._is_clang(compiler) or not version.isdigit() or int(version) < 12:
+        raise NotHere("__builtin_cpu_supports knows the levels of x86-64 in GCC 12 and newer")
     listed = subprocess.run([*build._ninja(), "-C", str(folder_of_objects), "-t", "commands"],
                             capture_output=True, text=True, check=True)  # fmt: skip
     command = shlex.split(listed.stdout.splitlines()[-1])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyvideo_kernels import _native
+from pyvideo_kernels import _native, dispatch
+from pyvideo_kernels.schemas import OPS
 
 if not _native.available():
     pytest.skip(f"no compiled extension: {_native.why_not()}", allow_module_level=True)
@@ -20,6 +21,13 @@ from tests.build.native_calls import DTYPES, NAMES, large
 SHAPE = (2, 1024, 2048)
 # One workspace (group_norm_silu keeps the sums of every part), rows of scratch, pages of the allocator.
 SPARE = 3 << 20
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def resident(which):
@@ -49,6 +57,21 @@ def test_memory_rises_by_the_outputs_alone(name, dtype):
     # Results that are an argument, or a copy in which nothing is to be computed, count as well.
     needed = sum(t.numel() * t.element_size() for t in out)
     assert needed >= SHAPE[1] * SHAPE[2] * 2
+    assert 0.9 * needed <= risen <= needed + SPARE, f"{risen / 2**20:.1f} MiB for {needed / 2**20:.1f} MiB of outputs"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_needs_a_workspace_for_each_thread(dtype):
+    torch.set_num_threads(2)
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2048, 16, 64, generator=g).to(dtype) for _ in range(3))
+    window = {"window": (1, 4, 4), "stride": (1, 1, 1), "causal_time": False, "text_len": 0, "text_side": "suffix"}
+    op = OPS["spacetime_attention"]
+    args = op.bind(
+        q=q, k=k, v=v, scale=0.125, grid=(2, 32, 32), kv_lens=None, return_lse=True, precision="native", **window
+    )
+    risen, out = growth(lambda: dispatch.load(op, "cpu")(*args))
+    needed = sum(t.numel() * t.element_size() for t in out)
     assert 0.9 * needed <= risen <= needed + SPARE, f"{risen / 2**20:.1f} MiB for {needed / 2**20:.1f} MiB of outputs"
 
 

@@ -136,6 +136,20 @@ def test_what_a_machine_cannot_do_is_said_and_passes(sanitized, monkeypatch):
     assert good and "the levels of x86-64 are not those of" in text
 
 
+@pytest.mark.parametrize(
+    "name, version", [("g++ 11.4.0", "11"), ("Debian clang version 14.0.6", "14.0.6"), ("g++", "")]
+)
+def test_levels_want_a_compiler_that_names_them(monkeypatch, tmp_path, name, version):
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {name} || echo {version}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(sanitize, "FOLDER", tmp_path)
+    monkeypatch.setattr(sanitize, "best_level", lambda: "x86-64-v4")
+    text, good = sanitize.do("x86-64-v3", lambda: tmp_path)
+    assert good and "not done: __builtin_cpu_supports knows the levels of x86-64 in GCC 12 and newer" in text
+
+
 def test_python_that_does_not_start_under_a_library_is_said(monkeypatch, tmp_path):
     (library := tmp_path / "libasan.so").write_bytes(b"\x7fELF")
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: name if name == "env" else None)
