@@ -1,7 +1,8 @@
 """The sizes that video models run at, by name: model, then clip.
 
 Tokens are those of one sample after the patch embedding. ``gpu`` shapes are the models' own; ``cpu`` shapes have their
-widths and as many tokens as a laptop does in a moment.
+widths and as many tokens or pixels as a laptop does in a moment: of an op that only moves memory, one shape at least
+with more than [1, 4096, 1536] elements, which is where `goals` judges it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MODULATE_GPU: Shapes = {
     "hunyuan-720p": {"tokens": prod(HUNYUAN_720P), **HUNYUAN, "style": "hunyuan"},
     "cogvideox-480p": {"tokens": prod(COG_480P), **COG, "style": "cogvideox"},
 }
-MODULATE_CPU: Shapes = {**_SMALL, "hunyuan-1k": {"tokens": 1024, **HUNYUAN, "style": "hunyuan"}}
+MODULATE_CPU: Shapes = {**_SMALL, "hunyuan-4k": {"tokens": 4096, **HUNYUAN, "style": "hunyuan"}}
 
 RESIDUAL_GPU: Shapes = {
     **_WAN,
@@ -59,7 +60,7 @@ RMS_GPU: Shapes = {
     "hunyuan-720p": {"tokens": prod(HUNYUAN_720P), **HUNYUAN, "style": "per head"},
     "ltx-512p": {"tokens": prod(LTX_512P), **LTX, "style": "no weight"},
 }
-RMS_CPU: Shapes = {**_SMALL, "hunyuan-1k": {"tokens": 1024, **HUNYUAN, "style": "per head"}}
+RMS_CPU: Shapes = {**_SMALL, "hunyuan-4k": {"tokens": 4096, **HUNYUAN, "style": "per head"}}
 
 QK_GPU: Shapes = {
     **_WAN,
@@ -68,7 +69,7 @@ QK_GPU: Shapes = {
     "ltx-512p": {"tokens": prod(LTX_512P), **LTX, "style": "tables per head"},
     "cogvideox-480p": {"tokens": prod(COG_480P) + COG_TEXT, **COG, "style": "cogvideox"},
 }
-QK_CPU: Shapes = {**_SMALL, "hunyuan-1k": {"tokens": 1024, **HUNYUAN, "style": "per head"}}
+QK_CPU: Shapes = {**_SMALL, "hunyuan-4k": {"tokens": 4096, **HUNYUAN, "style": "per head"}}
 QK_IN_PLACE_GPU: Shapes = {name: QK_GPU[name] for name in ("wan-1.3b-480p", "wan-14b-480p", "hunyuan-720p")}
 QK_IN_PLACE_CPU: Shapes = _SMALL
 
@@ -199,8 +200,8 @@ GROUP_NORM_GPU: Shapes = {
     "cogvideox-480p-half-256": {"grid": (8, 240, 360), "channels": 256, "style": "cogvideox"},
 }
 GROUP_NORM_CPU: Shapes = {
-    "hunyuan-64-full-128": {"grid": (9, 64, 64), "channels": 128},
-    "cogvideox-64-full-128": {"grid": (9, 64, 64), "channels": 128, "style": "cogvideox"},
+    "hunyuan-96-full-128": {"grid": (9, 96, 96), "channels": 128},
+    "cogvideox-96-full-128": {"grid": (9, 96, 96), "channels": 128, "style": "cogvideox"},
 }
 # LTX at 512 x 768: 121 frames leave the decoder as patches of 4 x 4 pixels. LTX-2 is twice as wide.
 PIXEL_NORM_GPU: Shapes = {
@@ -209,7 +210,7 @@ PIXEL_NORM_GPU: Shapes = {
     "ltx-512p-quarter-512": {"grid": (31, 32, 48), "channels": 512, "style": "ltx-timestep"},
     "ltx2-512p-latent-1024": {"grid": (16, 16, 24), "channels": 1024},
 }
-PIXEL_NORM_CPU: Shapes = {"ltx-64-full-128": {"grid": (9, 64, 64), "channels": 128}}
+PIXEL_NORM_CPU: Shapes = {"ltx-96-full-128": {"grid": (9, 96, 96), "channels": 128}}
 
 # Small frames, their channels and those of the result. HunyuanVideo's are the tiles that diffusers decodes.
 UPSAMPLE_GPU: Shapes = {
@@ -252,7 +253,7 @@ HEAD_CPU: Shapes = {
 
 # A tile of frames: diffusers' own size, and half of the width of 720p.
 TILE_GPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}, "wan-720p-half": {"grid": (4, 720, 768)}}
-TILE_CPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}}
+TILE_CPU: Shapes = {"wan-256": {"grid": (4, 256, 256)}, "wan-720p-half": TILE_GPU["wan-720p-half"]}
 
 LATENT_GPU: Shapes = {
     "wan-480p": {"shape": (1, 16, 21, 60, 104)},
@@ -260,4 +261,7 @@ LATENT_GPU: Shapes = {
     "wan-5b-704p": {"shape": (1, 48, 31, 44, 80)},
 }
 EULER_GPU: Shapes = {**LATENT_GPU, "ltx-512p": {"shape": (1, prod(LTX_512P), 128)}}
-LATENT_CPU: Shapes = {"wan-480p": {"shape": (1, 16, 21, 60, 104)}}
+LATENT_CPU: Shapes = {
+    "wan-480p": LATENT_GPU["wan-480p"],
+    "wan-720p-121": {"shape": (1, 16, 31, 90, 160)},  # 121 frames
+}

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/isa.h"
+#include "common/stream.h"
 
 namespace {
 
@@ -48,4 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "allow_avx512", &pyvideo::allow_avx512,
       "For tests: whether kernels may take their path for AVX-512, from now on in every thread. Returns what it was.");
+  m.def("assume_cache_bytes", &pyvideo::assume_cache_bytes,
+        "For tests: the size of the last cache, past which larger results are written; below 0: what the system says. "
+        "Returns what was assumed before.");
 }

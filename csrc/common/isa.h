@@ -23,8 +23,8 @@
 
 namespace pyvideo {
 
-// Whether kernels take their path for AVX-512 (avx512.h): this CPU has it, and allow_avx512(false) did not forbid it,
-// as tests do to reach the path of other CPUs.
+// Whether kernels take their path for AVX-512 (avx512.h): this CPU has it, AVX512-BF16 included, and
+// allow_avx512(false) did not forbid it, as tests do to reach the path of other CPUs.
 bool avx512();
 // Returns what it was.
 bool allow_avx512(bool allow);

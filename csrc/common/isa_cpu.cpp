@@ -24,6 +24,7 @@ bool has_avx512() {
 }
 
 std::atomic<bool> allowed{true};
+std::atomic<int64_t> cache{-1};  // less than 0: ask the system
 
 }  // namespace
 
@@ -35,6 +36,10 @@ bool avx512() {
 bool allow_avx512(bool allow) { return allowed.exchange(allow); }
 
 int64_t last_cache_bytes() {
+  const int64_t told = cache.load(std::memory_order_relaxed);
+  if (told >= 0) {
+    return told;
+  }
   static const int64_t bytes = [] {
     int64_t found = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
@@ -44,5 +49,7 @@ int64_t last_cache_bytes() {
   }();
   return bytes;
 }
+
+int64_t assume_cache_bytes(int64_t bytes) { return cache.exchange(bytes); }
 
 }  // namespace pyvideo

@@ -4,8 +4,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/avx512.h"
-#include "common/stream.h"
 #include "glue.h"
 
 namespace pyvideo {
@@ -14,8 +12,6 @@ namespace {
 // Short, so that all the tensors advance together: a page of one after a page of another is new to the prefetcher each
 // time, and three times as slow.
 constexpr int64_t kBlock = 128;
-// Threads take whole parts, so that each begins where a line of the results does.
-constexpr int64_t kPart = 1024;
 
 struct Operand {
   const void* data = nullptr;
@@ -39,7 +35,6 @@ struct Args {
   float sigma;
   float corrector[2];  // of last_sample and x0
   float predictor[2];  // of corrected and x0
-  bool past;           // results are written past the cache
 };
 
 // n values from `begin` on as floats: where they lie, or widened into `scratch`.
@@ -128,47 +123,6 @@ PYVIDEO_CLONES void run_f32(const Args& a, int64_t begin, int64_t end) { body<fl
 
 PYVIDEO_CLONES void run_bf16(const Args& a, int64_t begin, int64_t end) { body<bf16>(a, begin, end); }
 
-#if defined(PYVIDEO_HAS_AVX512)
-template <class M>
-PYVIDEO_AVX512_INLINE v512::V values(const Operand& o, int64_t i, M m) {
-  return o.dtype == DType::f32 ? v512::load(static_cast<const float*>(o.data) + i, m)
-                               : v512::load(static_cast<const bf16*>(o.data) + i, m);
-}
-
-// As `block`, in registers.
-template <class S>
-PYVIDEO_AVX512 void run_avx512(const Args& a, int64_t begin, int64_t end) {
-  using namespace v512;
-  each(end - begin, [&](int64_t at, auto m) PYVIDEO_AVX512_LAMBDA {
-    const int64_t i = begin + at;
-    V x0 = values(a.cond, i, m);
-    if (a.uncond.data != nullptr) {
-      const V base = values(a.uncond, i, m);
-      x0 = fma(all(a.guidance_scale), sub(x0, base), base);
-    }
-    const V sample = values(a.sample, i, m);
-    x0 = fma(all(-a.sigma), x0, sample);
-    V prev = mul(all(a.predictor[1]), x0);
-    V corrected = sample;
-    const bool corrects = a.last.data != nullptr;
-    if (corrects) {
-      corrected = fma(all(a.corrector[0]), values(a.last, i, m), mul(all(a.corrector[1]), x0));
-    }
-    for (const Past* past = a.history.data(); past != a.history.data() + a.history.size(); ++past) {
-      const V value = values(past->value, i, m);
-      if (corrects) {
-        corrected = fma(all(past->corrector), value, corrected);
-      }
-      prev = fma(all(past->predictor), value, prev);
-    }
-    store(static_cast<S*>(a.x0) + i, x0, m, a.past);
-    store(static_cast<S*>(a.corrected) + i, corrected, m, a.past);
-    store(static_cast<S*>(a.prev) + i, fma(all(a.predictor[0]), corrected, prev), m, a.past);
-  });
-  fence();
-}
-#endif
-
 // An operand and the tensor that keeps its memory: contiguous, since a permuted latent is copied, once a step.
 struct Operands {
   const std::vector<int64_t>& shape;
@@ -222,25 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> unipc_step(Tensor sample, Tensor cond, std::o
   a.prev = prev.mutable_data_ptr();
   a.x0 = x0.mutable_data_ptr();
   a.corrected = corrected.mutable_data_ptr();
-  const bool f32 = a.sample.dtype == DType::f32;
-  const int64_t elements = sample.numel();
-  int64_t bytes = 4 * bytes_of(a.sample.dtype) + bytes_of(a.cond.dtype);
-  bytes += (a.uncond.data != nullptr ? bytes_of(a.uncond.dtype) : 0);
-  bytes += (a.last.data != nullptr ? bytes_of(a.last.dtype) : 0);
-  for (const Past& past : a.history) {
-    bytes += bytes_of(past.value.dtype);
-  }
-  const auto past = [&](const void* out) { return past_cache(out, kPart, elements * bytes); };
-  a.past = past(a.prev) && past(a.x0) && past(a.corrected);
-  auto* run = f32 ? run_f32 : run_bf16;
-#if defined(PYVIDEO_HAS_AVX512)
-  if (avx512()) {
-    run = f32 ? run_avx512<float> : run_avx512<bf16>;
-  }
-#endif
-  parallel_rows((elements + kPart - 1) / kPart, kPart, [&](int64_t begin, int64_t end) {
-    run(a, begin * kPart, end * kPart < elements ? end * kPart : elements);
-  });
+  const auto run = a.sample.dtype == DType::f32 ? run_f32 : run_bf16;
+  parallel_rows(sample.numel(), 1, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return {prev, x0, corrected};
 }
 

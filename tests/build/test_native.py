@@ -26,13 +26,15 @@ ROW_OPS = [name for name in CPU_OPS if not name.startswith("qk_norm_rope") and "
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, params=["avx512", "any CPU"])
+@pytest.fixture(autouse=True, params=["avx512", "avx512, past the cache", "any CPU"])
 def path(request):
-    """Every test twice: kernels with code of their own for AVX-512 have one for other CPUs."""
+    """Every test on each path that a kernel may have: a test cannot wait for results that are larger than a cache."""
     extension, _ = _native._load()
-    before = extension.allow_avx512(request.param == "avx512")
+    allowed = extension.allow_avx512(request.param != "any CPU")
+    cache = extension.assume_cache_bytes(0 if "past" in request.param else -1)
     yield
-    extension.allow_avx512(before)
+    extension.allow_avx512(allowed)
+    extension.assume_cache_bytes(cache)
 
 
 def inputs(name, shape, dtype):
@@ -84,7 +86,7 @@ def test_contract(name):
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_odd_shapes(name, dtype):
     # One element, widths around every vector length, primes, and enough rows that threads share them unevenly.
-    for shape in ((1, 1, 1), (2, 3, 7), (3, 5, 17), (1, 2, 129), (2, 67, 1537), (1, 911, 96)):
+    for shape in ((1, 1, 1), (2, 3, 7), (3, 5, 17), (1, 2, 129), (2, 67, 1537), (1, 911, 96), (2, 19, 256)):
         args = inputs(name, shape, dtype)
         reference = dispatch.load(OPS[name], "reference")
         expected, eager = as_tuple(reference(*to_float64(args))), as_tuple(reference(*args))
@@ -112,6 +114,19 @@ def test_same_bits_with_any_number_of_threads(name):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_lines_written_whole(name, dtype):
+    # Rows of whole cache lines: the only ones that are written past the cache. Of their values no bit may differ.
+    args = inputs(name, (2, 331, 256), dtype)
+    extension, _ = _native._load()
+    before = extension.assume_cache_bytes(1 << 40)
+    kept = run(name, args)
+    extension.assume_cache_bytes(before)
+    for out, other in zip(run(name, args), kept, strict=True):
+        assert torch.equal(out, other)
 
 
 @pytest.mark.parametrize("name", [name for name in ROW_OPS if name != "group_norm_silu"])
@@ -148,7 +163,15 @@ def rope_inputs(batch, tokens, heads, head_dim, dtype, norm, layout):
 @pytest.mark.parametrize("norm", ["across_heads", "per_head", "none"])
 def test_qk_norm_rope_at_odd_shapes(norm, layout, dtype):
     reference = dispatch.load(OPS["qk_norm_rope"], "reference")
-    for shape in ((1, 1, 1, 2), (2, 3, 5, 6), (1, 67, 3, 34), (1, 411, 2, 48), (0, 3, 2, 8), (2, 0, 2, 8)):
+    for shape in (
+        (1, 1, 1, 2),
+        (2, 3, 5, 6),
+        (1, 67, 3, 34),
+        (1, 411, 2, 48),
+        (1, 9, 3, 128),
+        (0, 3, 2, 8),
+        (2, 0, 2, 8),
+    ):
         args = rope_inputs(*shape, dtype, norm, layout)
         for out, ref64, low in zip(_native.qk_norm_rope(*args), reference(*to_float64(args)), reference(*args)):
             assert out.is_contiguous() and out.shape == shape
