@@ -109,7 +109,7 @@ class Bench:
         return [
             ops,
             Part("e2e-tiny", "a clip of the embedded model", 2, self.clip),
-            Part("e2e-blocks", "two blocks of Wan 1.3B, 4,096 tokens", 1.5, self.blocks),
+            Part("e2e-blocks", "two blocks of Wan 1.3B, 4,096 tokens", 2, self.blocks),
             Part("vae-wan", "Wan's VAE decoder, 256×256×17", 7, self.decoder),
             Part(names[second], "ops, eager alone", 1.5, lambda path: self.ops(path, second, ["eager"])),
         ]
@@ -190,7 +190,8 @@ class Bench:
     def blocks(self, path: Path) -> Result:
         """Two blocks at the width of a true model: a forward of the transformer."""
         dtype = goals.DTYPES[goals.sampler_dtype(self.device)]
-        variants = ("eager", goals.ACCELERATED)
+        # With the model's own attention too: what accelerate() does without being asked for more.
+        variants = ("eager", "ours:loop=pipeline", goals.ACCELERATED)
         return self._e2e(**goals.BLOCKS, variants=variants, random_weights=True, rounds=goals.ROUNDS, dtype=dtype)
 
     def _e2e(self, **asked: Any) -> Result:

@@ -174,7 +174,7 @@ def test_clips_that_differ_are_another_measurement():
     blocks = goals.Goal("blocks", "e2e", goals.BLOCKS, "eager", 1.3)
     assert of(blocks, clip_result(dict(goals.BLOCKS), eager=3.0, ours=2.0))[0].ratio == 1.5
     (accelerated,) = {goal.ours for goal in goals.goals() if goal.where is goals.BLOCKS}
-    assert accelerated == "ours:loop=pipeline" and not parse(accelerated).sampled
+    assert parse(accelerated).exact and not parse(accelerated).sampled and parse(accelerated).name == accelerated
     alone = goals.Goal("blocks", "e2e", goals.BLOCKS, "eager", 1.3, ours=accelerated)
     result = clip_result(dict(goals.BLOCKS), eager=3.0, ours=1.0)
     assert of(alone, result)[0].why_not == f"{accelerated}: was not asked for"

@@ -73,7 +73,8 @@ def test_a_cpu_run_has_every_part_a_page_plots_and_goals(parts, tmp_path, capsys
     assert parts[0][1] == {"baselines": ["eager", "compile"]} and parts[-1][1] == {"baselines": ["eager"]}
     tiny, blocks, decoder = (request for _, request in parts[1:4])
     assert tiny.variants == ("eager", "compile", "compile:vae=true", "ours")
-    assert blocks.variants == ("eager", "ours:loop=pipeline") and decoder.variants == ("eager", "ours")
+    assert blocks.variants == ("eager", "ours:loop=pipeline", goals.ACCELERATED)
+    assert decoder.variants == ("eager", "ours")
     assert blocks.random_weights and blocks.layers == 2 and not blocks.decode and not decoder.layers
     assert all(each.rounds >= goals.ROUNDS and each.device == "cpu" for each in (tiny, blocks, decoder))
     out = tmp_path / "out"
