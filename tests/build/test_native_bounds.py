@@ -6,6 +6,7 @@ the child. The allocations of outputs and workspaces go through the dispatcher, 
 """
 
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -26,6 +27,8 @@ from tests.build.native_calls import DTYPES, NAMES, calls, changed, flat, large,
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
+# Name, whether the path for AVX-512 may be taken, and the cache's size: 0 for results that are written past it.
+PATHS = (("avx512", True, -1), ("avx512, past the cache", True, 0), ("any CPU", False, -1))
 # A step of the sampler takes what the model and the sampler leave, contiguous; anything else is copied first.
 COPYING = ("guidance_step", "unipc_step")
 
@@ -144,22 +147,27 @@ def in_child(work, seconds=60):
 
 
 def check(found, at_end):
-    """Every call, fenced: equal to the ordinary one, and no more allocations than the outputs and one workspace."""
+    """Every call on every path, fenced: equal to the ordinary one, and allocating the outputs and one workspace."""
+    extension, _ = _native._load()
 
     def work(say):
         fenced = Fenced(at_end)
         allocations = Allocations(fenced)
-        for call, expected in found:
+        for (path, allowed, cache), call in itertools.product(PATHS, found):
+            extension.allow_avx512(allowed)
+            extension.assume_cache_bytes(cache)
+            expected = call()
             args = tuple(changed(arg, fenced.put) for arg in call.args)
-            say(call.label)
+            label = f"{call.label}, {path}"
+            say(label)
             with allocations:
                 got = call(args)
-            assert same([ordinary(t) for t in got], expected), f"{call.label}: not the values of an ordinary call"
-            allowed = (0 if call.in_place else len(got)) + 1
+            assert same([ordinary(t) for t in got], expected), f"{label}: not the values of an ordinary call"
+            most = (0 if call.in_place else len(got)) + 1
             if call.name in COPYING:
-                allowed += sum(not t.is_contiguous() for t in flat(args))
+                most += sum(not t.is_contiguous() for t in flat(args))
             made = allocations.made
-            assert len(made) <= allowed, f"{call.label} allocates {len(made)} tensors, over {allowed}: {made}"
+            assert len(made) <= most, f"{label} allocates {len(made)} tensors, over {most}: {made}"
 
     code, last = in_child(work)
     assert code == 0, f"{'ended by ' + signal.Signals(-code).name if code < 0 else 'failed'} at: {last}"
@@ -169,8 +177,7 @@ def check(found, at_end):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_touched_beside_a_tensor(name, dtype, at_end):
-    found = [(call, call()) for call in (large(name, dtype), *calls(name, dtype)) if call is not None]
-    check(found, at_end)
+    check([call for call in (large(name, dtype), *calls(name, dtype)) if call is not None], at_end)
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
