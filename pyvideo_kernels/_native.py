@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -136,16 +135,27 @@ def part(name: str) -> Callable[..., Any] | None:
     return None if packet is None else packet.default
 
 
+def _check_takes(name: str, device: str, tensor: Tensor) -> None:
+    """Raise unless the compiled kernels take this tensor's dtype, and run on its card."""
+    dtypes = _DTYPES[device]
+    # Integers are lengths and lists, whose dtypes the op has checked.
+    if tensor.dtype not in dtypes and (tensor.is_floating_point() or tensor.is_complex()):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {tensor.dtype}")
+    if device == "cuda" and (reason := _check_card(tensor.device.index or 0)):
+        raise UnsupportedError(f"{name}: {reason}; make cuda CUDA_ARCHS=...")
+
+
 def _call(name: str, device: str, function: Callable[..., Any], *args: Any) -> Any:
     dtypes = _DTYPES[device]
-    for arg in itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args):
+    for arg in args:  # on every call, so without generators
         if isinstance(arg, Tensor):
-            # Integers are lengths and lists, whose dtypes the op has checked.
-            if arg.dtype not in dtypes and (arg.is_floating_point() or arg.is_complex()):
-                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                raise UnsupportedError(f"{name}: the compiled {device} kernel takes {names}; got {arg.dtype}")
-            if device == "cuda" and (reason := _check_card(arg.device.index or 0)):
-                raise UnsupportedError(f"{name}: {reason}; make cuda CUDA_ARCHS=...")
+            if arg.dtype not in dtypes or device == "cuda":
+                _check_takes(name, device, arg)
+        elif isinstance(arg, (list, tuple)):
+            for item in arg:
+                if isinstance(item, Tensor):
+                    _check_takes(name, device, item)
     if name in _ALIKE:
         first, second = (args[i] for i in _ALIKE[name])
         if isinstance(second, Tensor) and second.dtype != first.dtype:

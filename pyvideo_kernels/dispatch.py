@@ -90,6 +90,10 @@ def judged_tensor(tensors: Iterable[Tensor]) -> Tensor:
     return first
 
 
+# What `judged_tensor` takes at once.
+_WIDE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
     for arg in args:
         for item in arg if isinstance(arg, (list, tuple)) else (arg,):
@@ -120,32 +124,35 @@ def autocasting(x: Tensor) -> bool:
 
 def run(op: Op, args: tuple[Any, ...]) -> Any:
     """Execute ``op`` on schema-ordered ``args``, the last of which is ``impl``."""
-    *inputs, impl = args
+    inputs, impl = args[:-1], args[-1]
     if impl not in IMPLS:
         raise ValueOptionError(f"{op.name}: `impl` must be one of {', '.join(IMPLS)}; got {impl!r}")
-    tensor = judged_tensor(_tensors(inputs))
-    kind = tensor.device.type
-    if autocasting(tensor):
+    # Nearly always the first argument; this runs on every call, and a call may take less than a generator.
+    first = inputs[0] if inputs else None
+    tensor = first if isinstance(first, Tensor) and first.dtype in _WIDE else judged_tensor(_tensors(inputs))
+    device = tensor.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         # It would reach the matrix products inside the oracle and the library calls, and change even the dtype that
         # the fake has promised.
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return _run(op, inputs, impl, tensor)
     return _run(op, inputs, impl, tensor)
 
 
-def _run(op: Op, inputs: list[Any], impl: str, tensor: Tensor) -> Any:
+def _run(op: Op, inputs: Sequence[Any], impl: str, tensor: Tensor) -> Any:
+    device, dtype = tensor.device, tensor.dtype
     if _recorder is not None:
         _recorder.note(op, inputs)
     if impl != "auto":
-        check_runs_on(op, impl, tensor.device)
+        check_runs_on(op, impl, device)
         result = load(op, impl)(*inputs)
         _calls[op.name, impl] += 1
         return result
     reasons = []
-    head_dim = op.head_dim(inputs)
-    for candidate in order(op, tensor.device, tensor.dtype, head_dim, inputs):
+    head_dim = None if op.heads is None else op.head_dim(inputs)
+    for candidate in _ordered(op, device, dtype, head_dim, inputs)[0]:
         try:
-            if verdicts.needs_check(candidate) and not trusted(op, candidate, tensor.device, tensor.dtype, head_dim):
+            if verdicts.needs_check(candidate) and not trusted(op, candidate, device, dtype, head_dim):
                 reasons.append(f"{candidate}: not verified on this device")
                 continue
             result = load(op, candidate)(*inputs)
@@ -181,10 +188,23 @@ def _ordered(
         from .ops import attention_libraries
 
         choices = attention_libraries.in_order(choices, device, dtype, head_dim)
-    choices, why = tuple(impl for impl in choices if impl in op.impls), ""
+    choices, why = _built_for(op, choices), ""
     if op.in_order and device.type in op.in_order_on and args is not None:
         choices, why = _in_order(op.in_order)(choices, args)
     return choices, why
+
+
+# Implementations of a row, and an order -> those of the order that the row has. The row's mapping is held, so that no
+# other gets its id.
+_orders: dict[tuple[int, tuple[str, ...]], tuple[Any, tuple[str, ...]]] = {}
+
+
+def _built_for(op: Op, choices: tuple[str, ...]) -> tuple[str, ...]:
+    key = (id(op.impls), choices)
+    known = _orders.get(key)
+    if known is None:
+        known = _orders[key] = op.impls, tuple(impl for impl in choices if impl in op.impls)
+    return known[1]
 
 
 @functools.cache

@@ -279,12 +279,15 @@ def commit(path: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[st
     return len(entries)
 
 
+_CHECKED = frozenset(("triton", "cuda", *LIBRARIES))
+
+
 def needs_check(impl: str) -> bool:
     """Whether ``impl`` is a kernel for a GPU that is right only once it was seen to be on that card.
 
     The oracle and PyTorch's own attention are not ours to verify; CPU code is covered by the test suite.
     """
-    return impl in ("triton", "cuda", *LIBRARIES)
+    return impl in _CHECKED
 
 
 def head_dims_known(op: Op, impl: str, arch: str, dtype: torch.dtype) -> dict[int | None, bool]:
