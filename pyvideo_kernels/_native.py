@@ -38,6 +38,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "unipc_step": ("cpu",),
     "spacetime_attention": ("cpu",),
     "block_sparse_attention": ("cpu",),
+    "vae_attention": ("cpu",),
 }
 # Arguments (by position) that a kernel takes in one dtype only, where the op takes two.
 _ALIKE: dict[str, tuple[int, int]] = {"guidance_step": (1, 2)}

@@ -295,10 +295,12 @@ _ROWS: tuple[Op, ...] = (
         "vae_attention",
         "(Tensor q, Tensor k, Tensor v, bool causal, float scale, str impl) -> Tensor",
         fakes.like_first,
-        _impls("vae_attention", "triton", "sdpa"),
+        _impls("vae_attention", "triton", "cpu", "sdpa"),
         # A head this wide is no library's fast path, but PyTorch's memory-efficient kernel serves it; ours is next
         # until it has been timed beside that on a card.
-        auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("sdpa", "reference")},
+        auto={"cuda": ("sdpa", "triton", "reference"), "cpu": ("cpu", "sdpa", "reference")},
+        in_order="pyvideo_kernels.ops.attention_cpu:vae_in_order",
+        in_order_on=("cpu",),
     ),
     Op(
         "decode_head_",

@@ -160,24 +160,25 @@ FN void weigh(Tile& t, int panel) {
   for (int v = 0; v < vecs; ++v) {
     const int64_t at = panel * lanes + v * kWidth;
     Floats& highest = *reinterpret_cast<Floats*>(t.highest + at);
-    const Floats top = *reinterpret_cast<const Floats*>(t.top + at) * factor;
+    const Floats top = *reinterpret_cast<const Floats*>(t.top + at);
     const Floats before = highest;
     highest = top > before ? top : before;
     // Where nothing was seen yet: exp(-inf - 0) = 0, not exp(-inf - -inf).
     base[v] = highest == -__builtin_inff() ? Floats{} : highest;
-    *reinterpret_cast<Floats*>(t.shrink + at) = exp2(before - base[v]);
+    *reinterpret_cast<Floats*>(t.shrink + at) = exp2((before - base[v]) * factor);
     sum[v] = Floats{};
   }
   for (int64_t key = 0; key < t.keys; key += kPair<T>) {
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; ++v) {
       const Floats s = *reinterpret_cast<const Floats*>(scores + key * lanes + v * kWidth);
-      const Floats weight = exp2(s * factor - base[v]);
+      // Not s * factor - base * factor: the highest score has the weight 1, exactly.
+      const Floats weight = exp2((s - base[v]) * factor);
       sum[v] += weight;
 #if PYVIDEO_LEVEL_DOT
       if constexpr (kPair<T> == 2) {
         const Floats s1 = *reinterpret_cast<const Floats*>(scores + (key + 1) * lanes + v * kWidth);
-        const Floats weight1 = exp2(s1 * factor - base[v]);
+        const Floats weight1 = exp2((s1 - base[v]) * factor);
         sum[v] += weight1;
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)weight1, (__m512)weight);
         *reinterpret_cast<Floats*>(scores + key / 2 * lanes + v * kWidth) =
@@ -389,7 +390,7 @@ PYVIDEO_LEVEL_FN void finish(Tile& t) {
       out[c] = from_float<T>(y);
     }
     // NaN, where a score was NaN, is in the total.
-    t.lse[q] = total == 0.0f ? -__builtin_inff() : (t.highest[q] + std::log2(total)) * 0.693147180559945f;
+    t.lse[q] = total == 0.0f ? -__builtin_inff() : (t.highest[q] * t.factor + std::log2(total)) * 0.693147180559945f;
   }
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _native
 from .spacetime_attention import sees_all
@@ -31,10 +32,17 @@ def in_order(choices: tuple[str, ...], args: Sequence[Any]) -> tuple[tuple[str, 
     Dense attention without padding is PyTorch's, but for bf16 where the CPU multiplies that.
     """
     q, grid, window, causal_time, kv_lens = args[0], args[3], args[4], args[6], args[9]
-    if "cpu" not in choices or "sdpa" not in choices:
-        return choices, ""
     if kv_lens is not None or not sees_all(grid, window, causal_time):
         return choices, ""
+    return _dense(choices, q)
+
+
+def vae_in_order(choices: tuple[str, ...], args: Sequence[Any]) -> tuple[tuple[str, ...], str]:
+    """The same for `vae_attention`, which is dense."""
+    return _dense(choices, args[0])
+
+
+def _dense(choices: tuple[str, ...], q: Tensor) -> tuple[tuple[str, ...], str]:
     if q.dtype == torch.bfloat16 and multiplies_bf16():
         return choices, ""
     first = ("sdpa", *(impl for impl in choices if impl != "sdpa"))

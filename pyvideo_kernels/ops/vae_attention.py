@@ -42,7 +42,7 @@ def vae_attention(
             contiguous, any other strides: the thirds of a fused projection are read in place.
         causal: a token sees whole frames up to its own, as a mask by blocks would say; none is made.
         scale: multiplies the scores, positive; None: ``D ** -0.5``.
-        impl: ``auto``, ``reference``, ``sdpa`` or ``triton``; an explicit choice never falls back.
+        impl: ``auto``, ``reference``, ``sdpa``, ``triton`` or ``cpu``; an explicit choice never falls back.
     Returns:
         ``[B, T, S, D]``, contiguous, dtype of ``q``.
     Raises:

@@ -56,7 +56,7 @@ def _dense(s, heads, head_dim, dtype, kv_heads=None, **options):
 
 
 @pytest.mark.parametrize(("level", "dtype"), LEVELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "vae_attention"])
 def test_every_instruction_set_matches_float64(name, level, dtype):
     op = OPS[name]
     ran = check_op(op, "cpu", "cpu", dtype, _at(name, level, dtype))
@@ -228,7 +228,7 @@ def test_a_nan_of_any_bits_is_a_nan(word):
 # Contract -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "vae_attention"])
 def test_contract(name):
     helpers.check_op_contract(name, impl="cpu", grad=False)
 
@@ -274,6 +274,9 @@ def test_auto_takes_what_is_faster(monkeypatch):
 
     for has, dense in ((True, "cpu"), (False, "sdpa")):
         monkeypatch.setattr(attention_cpu, "multiplies_bf16", lambda has=has: has)
+        frames = torch.zeros(1, 1, 4, 8, dtype=HALF)
+        wide = OPS["vae_attention"]
+        assert dispatch.order(wide, frames.device, HALF, None, (frames, frames, frames, False, 1.0))[0] == dense
         assert first(HALF) == dense and first(torch.float32) == first(torch.float16) == "sdpa"
         for dtype in (HALF, torch.float32):
             assert (
