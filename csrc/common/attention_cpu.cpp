@@ -3,9 +3,9 @@
 #include <cstring>
 
 #include "common/attention.h"
+#include "common/isa.h"
 
-#if defined(__x86_64__) && !defined(PYVIDEO_BASELINE)
-#define PYVIDEO_X86_LEVELS
+#if defined(PYVIDEO_X86_LEVELS)
 #include <immintrin.h>
 #endif
 

@@ -11,7 +11,7 @@
 #include "common/isa.h"
 #include "common/rows.h"
 
-#if defined(__x86_64__) && !defined(PYVIDEO_BASELINE)
+#if defined(PYVIDEO_X86_LEVELS)
 #define PYVIDEO_HAS_AVX512 1
 
 #pragma GCC diagnostic push

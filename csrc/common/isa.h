@@ -16,6 +16,14 @@
 #define PYVIDEO_CLONES
 #endif
 
+// Whether code for AVX-512 and AVX512-BF16 is compiled beside the rest and chosen at run time: by compilers that have
+// all of its instructions and names.
+#if defined(__x86_64__) && !defined(PYVIDEO_BASELINE)
+#if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)
+#define PYVIDEO_X86_LEVELS 1
+#endif
+#endif
+
 #define PYVIDEO_INLINE inline __attribute__((always_inline))
 
 // After the parameters of a lambda that such a function calls: a lambda too is a function of its own.

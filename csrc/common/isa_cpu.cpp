@@ -13,7 +13,7 @@ namespace pyvideo {
 namespace {
 
 bool has_avx512() {
-#if defined(__x86_64__) && !defined(PYVIDEO_BASELINE)
+#if defined(PYVIDEO_X86_LEVELS)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx2") &&
