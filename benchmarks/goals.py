@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyvideo_kernels.sampler.loading import pick_dtype
 from pyvideo_kernels.schemas import OPS
 
 from .registry import ENTRIES, Entry
 from .report import tables
+from .shapes import WAN_1B
 
 ROUNDS = 5
 """Fewer than these give no median to judge by."""
@@ -191,8 +193,8 @@ def _ops(goal: Goal, results: list[Mapping[str, Any]]) -> Iterator[Outcome]:
 
 
 def sampler_dtype(device: torch.device) -> torch.dtype:
-    """What the sampler runs in on this device, and what is measured on it therefore."""
-    return torch.bfloat16
+    """What the sampler runs a model of Wan 1.3B's width in on this device, and what is measured on it therefore."""
+    return pick_dtype("auto", device, WAN_1B["width"])
 
 
 def sampled_in(results: Iterable[Mapping[str, Any]]) -> str:

@@ -115,7 +115,7 @@ def run(
         "provenance": results.provenance(device),
         "settings": {
             "dtype": dtype_name(dtype),
-            "sampler_dtype": dtype_name(goals.sampler_dtype(device)),
+            **({"sampler_dtype": dtype_name(goals.sampler_dtype(device))} if device.type == "cpu" else {}),
             "rounds": rounds,
             "impl": impl,
             "baselines": None if wanted is None else list(wanted),

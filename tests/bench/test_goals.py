@@ -140,6 +140,12 @@ def test_ops_are_judged_in_the_dtype_that_the_sampler_runs_in():
     assert [(found.dtype, found.ratio) for found in of(OP, half, full)] == [("fp32", 1.0)]
 
 
+def test_the_dtype_is_the_samplers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(goals, "pick_dtype", lambda *given: asked.append(given) or torch.float32)
+    assert goals.sampler_dtype(CPU) == torch.float32 and asked == [("auto", CPU, 1536)]
+
+
 def clip_result(settings, rounds=5, **seconds):
     rows = [
         {"variant": name, "rounds": rounds, "seconds": {"total": {"median": value, "spread": 0.0}}}

@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+import torch
 
 from pyvideo_kernels.benchmarks import __main__ as bench
 from pyvideo_kernels.benchmarks import e2e, goals, ops, results, vae
@@ -53,6 +54,7 @@ def parts(monkeypatch):
             "settings": settings | {"dtype": "bfloat16", "tiling": False}, "rows": rows,
         }  # fmt: skip
 
+    monkeypatch.setattr(goals, "sampler_dtype", lambda device: torch.bfloat16)  # whatever this machine does faster
     monkeypatch.setattr(ops, "run", run_ops)
     monkeypatch.setattr(e2e, "run", run_clip)
     monkeypatch.setattr(vae, "run", run_decoder)
@@ -137,9 +139,14 @@ def test_results_to_be_committed_are_named_as_those_that_are(parts, tmp_path, mo
     assert "--save-as is for results" in capsys.readouterr().err
 
 
-def test_a_gpu_has_its_own_parts_and_no_goals(parts, tmp_path):
-    import torch
+def test_a_cpu_that_is_faster_in_fp32_is_measured_in_it(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(goals, "sampler_dtype", lambda device: torch.float32)
+    main(tmp_path)
+    assert [what for what, _ in parts] == ["float32", "tiny", "wan2.1-1.3b", "vae", "bfloat16"]
+    assert parts[0][1] == {"baselines": ["eager", "compile"]} and parts[2][1].dtype == parts[3][1].dtype == "fp32"
 
+
+def test_a_gpu_has_its_own_parts_and_no_goals(parts, tmp_path):
     plan = bench.Bench(tmp_path, torch.device("cuda")).parts
     assert [part.name for part in plan] == ["ops-bf16", "e2e-tiny"]
 
