@@ -248,6 +248,7 @@ def main(arguments=None):
     FOLDER.mkdir(parents=True, exist_ok=True)
     # Each run has a core.
     os.environ.setdefault("MAX_JOBS", str(max(1, len(os.sched_getaffinity(0)) // given.jobs)))
+    builder()  # before there are threads: a second one would find the module half loaded
     lock = threading.Lock()
 
     @functools.cache
