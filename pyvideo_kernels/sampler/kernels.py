@@ -58,8 +58,7 @@ def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, i
     have = [name for name in wanted if impl in OPS[name].impls]
     for name in have:
         dispatch.check_runs_on(OPS[name], impl, device)
-    # What a run never calls need not be there, nor the attention of a VAE, which on a CPU is torch's own.
-    idle = _idle(choice) | ({"vae_attention"} if impl == "cpu" else set())
+    idle = _idle(choice)  # what a run never calls need not be there
     lacking = [name for name in wanted if impl not in OPS[name].impls and name not in idle]
     if lacking:
         remedy = f"add --ops {','.join(have)}, or --impl auto" if have else "use --impl auto"

@@ -134,7 +134,7 @@ def test_explicit_never_falls_back(card):
         pv.spacetime_attention(q, k, v, grid=(1, 1, 24), impl="flash")
     with pytest.raises(UnsupportedError, match="no implementation 'flash'"):
         dispatch.load(OPS["rms_norm"], "flash")
-    with pytest.raises(ValueOptionError, match="sdpa, flash, cudnn; got 'flash3'"):
+    with pytest.raises(ValueOptionError, match="sdpa, flash, cudnn, cublas; got 'flash3'"):
         pv.spacetime_attention(q, k, v, grid=(1, 1, 24), impl="flash3")
     with pytest.raises(DeviceError):
         kernels.check(("spacetime_attention",), "dense", "flash", torch.device("cpu"))

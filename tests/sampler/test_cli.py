@@ -229,11 +229,11 @@ def test_each_mistake_has_its_sentence_and_its_code(
         assert "needs CUDA tensors" in fails(PROMPT, *model, "--impl", "cuda", code=2)
     # An explicit implementation never falls back: what cannot run so is named before loading, with what can.
     cpu = (PROMPT, *model, "--device", "cpu", "--impl", "cpu")
-    dense = ("--attention", "dense")
-    sentence = fails(*cpu, *dense, code=2)
-    assert "spacetime_attention" in sentence and "cannot run so; add --ops layer_norm_mod" in sentence
-    only = fails(*cpu, *dense, "--ops", "spacetime_attention", code=2)
-    assert "--impl cpu: spacetime_attention cannot run so; use --impl auto" in only
+    codes = ("--attention", "int8")
+    sentence = fails(*cpu, *codes, code=2)
+    assert "int8_attention" in sentence and "cannot run so; add --ops layer_norm_mod" in sentence
+    only = fails(*cpu, *codes, "--ops", "int8_attention", code=2)
+    assert "--impl cpu: int8_attention cannot run so; use --impl auto" in only
     kernels.check("all", None, "cpu", torch.device("cpu"))
     assert not (tmp_path / "a.mp4").exists()
     assert CliRunner().invoke(app, ["sample", PROMPT, "--stepps", "3"]).exit_code == 2
