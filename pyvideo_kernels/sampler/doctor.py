@@ -62,6 +62,7 @@ def _dense_attention(device: torch.device) -> list[dict[str, str]]:
     import torch
 
     from ..ops import attention_libraries
+    from ..schemas import OPS
     from . import kernels
 
     cards = [device]
@@ -70,7 +71,12 @@ def _dense_attention(device: torch.device) -> list[dict[str, str]]:
     rows = []
     for card in cards:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            bound, walk = kernels.binding(attention_libraries.OP, card, dtype)
+            x = torch.empty(1, 1, 1, 128, dtype=dtype)
+            call = OPS[attention_libraries.OP].bind(
+                q=x, k=x, v=x, grid=[1, 1, 1], window=None, stride=[1, 1, 1], causal_time=False, text_len=0,
+                text_side="suffix", kv_lens=None, scale=1.0, return_lse=False, precision="native",
+            )  # fmt: skip
+            bound, walk = kernels.binding(attention_libraries.OP, card, dtype, call)
             why = next((reason for impl, _, reason in walk if impl == bound), "")
             measured = attention_libraries.source(card, dtype, bound)
             rows.append(

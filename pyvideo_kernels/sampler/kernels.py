@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,10 +65,15 @@ def check(ops: str | Iterable[str], attention: str | Mapping[str, Any] | None, i
         raise UsageError(f"--impl {impl}: {', '.join(lacking)} cannot run so; {remedy}")
 
 
-def binding(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[tuple[str, bool, str]]]:
-    """The implementation ``auto`` would try first and can have, and the whole walk with reasons."""
+def binding(
+    name: str, device: torch.device, dtype: torch.dtype, args: Sequence[Any] | None = None
+) -> tuple[str, list[tuple[str, bool, str]]]:
+    """The implementation ``auto`` would try first and can have, and the whole walk with reasons.
+
+    ``args``: of one call, in schema order, where the order depends on them.
+    """
     rows = []
-    for impl, usable, why in dispatch.explain(OPS[name], device, dtype):
+    for impl, usable, why in dispatch.explain(OPS[name], device, dtype, args):
         if impl == "cpu" and not _is_native(name, impl):
             why = "PyTorch's oneDNN"
         elif impl in ("cpu", "cuda"):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyvideo_kernels import collect_env, known_bad, verdicts
+from pyvideo_kernels import _native, collect_env, known_bad, verdicts
 from pyvideo_kernels.known_bad import PROBLEMS, Setup, problems
+from pyvideo_kernels.ops import attention_cpu
 from pyvideo_kernels.sampler import cli, doctor, kernels
 from pyvideo_kernels.sampler.problems import Exit
 
@@ -363,3 +364,11 @@ def test_results_of_a_campaign_do_not_make_the_revision_another(tmp_path, monkey
     assert collect_env.revision()["dirty"] is False
     (tmp_path / "kernels" / "op.py").write_text("2")
     assert collect_env.revision()["dirty"] is True
+
+
+def test_dense_attention_on_a_cpu_is_said_for_each_dtype(monkeypatch):
+    for multiplies, bound in ((True, "cpu"), (False, "sdpa")):
+        monkeypatch.setattr(attention_cpu, "multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        rows = {row["dtype"]: row["impl"] for row in doctor._dense_attention(torch.device("cpu"))}
+        expected = bound if _native.available() else "sdpa"
+        assert rows == {"bfloat16": expected, "float16": "sdpa", "float32": "sdpa"}
