@@ -1,6 +1,7 @@
 // Between the stable ABI and attention.h: what the launchers of attention ops share.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include "common/attention.h"
@@ -22,7 +23,7 @@ inline Heads heads_of(const char* op, const char* name, const Tensor& t, const T
   dtype_of(op, name, t);
   PYVIDEO_CHECK(t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(3) == like.size(3), op, ": `", name,
                 "` must have the sizes of `q`");
-  PYVIDEO_CHECK(t.size(2) >= 1 && (same_heads ? t.size(2) == like.size(2) : like.size(2) % t.size(2) == 0), op, ": `",
+  PYVIDEO_CHECK(same_heads ? t.size(2) == like.size(2) : t.size(2) >= 1 && like.size(2) % t.size(2) == 0, op, ": `",
                 name, "` must have as many heads as `q`, or a divisor of that");
   PYVIDEO_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": `", name, "` must have a contiguous last dimension");
   const int64_t size = static_cast<int64_t>(t.element_size());
@@ -66,7 +67,9 @@ void for_each_tile(int64_t items, const Level& level, int64_t head_dim, double s
     if (item >= items) {
       return;
     }
-    Worker worker(level, head_dim, static_cast<float>(scale * 1.4426950408889634));
+    // A factor of 0 or inf would make NaN of the -inf that a maximum begins with.
+    const double factor = std::clamp(scale * 1.4426950408889634, 1.2e-38, 3.4e38);
+    Worker worker(level, head_dim, static_cast<float>(factor));
     for (; item < items; item = next.fetch_add(1, std::memory_order_relaxed)) {
       work(worker, item);
     }

@@ -313,7 +313,6 @@ struct Factors {
   float* rest;  // of the mean, past a float
   float* mul;
   float* add;
-  float* folded;  // add - mean * mul
 };
 
 // x less its mean. Of bf16, whose own steps are larger, one float is enough of it.
@@ -360,12 +359,12 @@ struct Generic {
 
 #if defined(PYVIDEO_HAS_AVX512)
 struct Avx512 {
-  // Of a bf16 the mean is subtracted in the one multiply-add.
+  // The mean goes first, also of a bf16: folded into the addend, a large one would leave its rounding in a flat group.
   template <class T, class M>
   PYVIDEO_AVX512_INLINE static v512::V normalised(const T* x, const Factors& f, int64_t i, M m) {
     using namespace v512;
     if constexpr (std::is_same_v<T, bf16>) {
-      return fma(load(x + i, m), load(f.mul + i, m), load(f.folded + i, m));
+      return fma(sub(load(x + i, m), load(f.mean + i, m)), load(f.mul + i, m), load(f.add + i, m));
     } else {
       const V centred = sub(sub(load(x + i, m), load(f.mean + i, m)), load(f.rest + i, m));
       return fma(centred, load(f.mul + i, m), load(f.add + i, m));
@@ -404,9 +403,9 @@ template <class Kernel, class T, bool kSilu>
 PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t n = a.width;
   const int64_t group_width = n / a.groups;
-  const Factors f{scratch, scratch + n, scratch + 2 * n, scratch + 3 * n, scratch + 4 * n};
-  LatentRow scale{scratch + 5 * n};
-  LatentRow shift{scratch + 6 * n};
+  const Factors f{scratch, scratch + n, scratch + 2 * n, scratch + 3 * n};
+  LatentRow scale{scratch + 4 * n};
+  LatentRow shift{scratch + 5 * n};
   std::fill(scale.scratch, scale.scratch + n, 1.0f);
   std::fill(shift.scratch, shift.scratch + n, 0.0f);
   Walk walk = a.walk;
@@ -431,7 +430,6 @@ PYVIDEO_INLINE void apply_body(const Apply& a, int64_t begin, int64_t end, float
             f.rest[i] = m.rest;
             f.mul[i] = a.weight == nullptr ? m.rstd : m.rstd * a.weight[i];
             f.add[i] = a.bias == nullptr ? 0.0f : a.bias[i];
-            f.folded[i] = f.add[i] - m.mean * f.mul[i];
           }
         }
       }

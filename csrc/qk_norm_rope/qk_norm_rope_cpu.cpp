@@ -379,6 +379,9 @@ void one(const char* name, const Tensor& x, const char* weight_name, const std::
   a.weight = float_vector(op, weight_name, weight, values, weight_storage);
   a.bias = float_vector(op, bias_name, bias, values, bias_storage);
   a.out = rows_like(op, name, out, shape);
+  if (x.numel() == 0) {
+    return;  // tokens without heads have no row to find
+  }
   const int64_t width = a.heads * a.head_dim;
   const bool f32 = a.x.dtype == DType::f32;
   // In place, the lines that are written are in the cache.

@@ -46,7 +46,7 @@ class TextCache:
 
     def __init__(self, *constants: Tensor | None) -> None:
         self._constants: dict[int, Tensor] = {}
-        # (module, what, inputs) by identity -> the module, its weights when it was made, what was made.
+        # (module, kind, inputs) by identity -> the module, its weights when it was made, what was made.
         self._made: dict[tuple[int, ...], tuple[Any, tuple[Any, ...], Any]] = {}
         self._given = tuple(tensor for tensor in constants if tensor is not None)
         self._words: dict[int, int] = {}
@@ -72,7 +72,9 @@ class TextCache:
         given = {id(tensor) for tensor in self._given}
         return sum(x.numel() * x.element_size() for key, x in self._constants.items() if key not in given)
 
-    def once(self, module: nn.Module, inputs: Sequence[Tensor], layers: Sequence[Any], make: Callable[[], _T]) -> _T:
+    def once(
+        self, module: nn.Module, inputs: Sequence[Tensor], layers: Sequence[Any], make: Callable[[], _T], kind: int
+    ) -> _T:
         """See the function of this name."""
         if torch.is_grad_enabled():
             return make()
@@ -83,7 +85,7 @@ class TextCache:
         weights = _weights(layers)
         if weights is None:
             return make()
-        key = (id(module), *(id(tensor) for tensor in inputs))
+        key = (id(module), kind, *(id(tensor) for tensor in inputs))
         present = self._made.get(key)
         if present is not None and present[1] == weights:
             kept: _T = present[2]
@@ -95,17 +97,19 @@ class TextCache:
         return made
 
 
-def once(module: nn.Module, inputs: Sequence[Tensor], layers: Sequence[Any], make: Callable[[], _T]) -> _T:
+def once(
+    module: nn.Module, inputs: Sequence[Tensor], layers: Sequence[Any], make: Callable[[], _T], *, kind: int = 0
+) -> _T:
     """``make()``; where a `text_cache` is open and all ``inputs`` are constants of it, what it made the first time.
 
     Args:
-        module: whose forward asks; it makes one thing of the same inputs.
+        module: whose forward asks; it makes one thing of a ``kind`` of the same inputs.
         inputs: all tensors that ``make`` reads beside weights.
         layers: the modules that ``make`` calls. All below them must be as torch, diffusers or this package has it.
         make: gives a tensor or a tuple of tensors and None, and does nothing else.
     """
     cache = _current()
-    return make() if cache is None else cache.once(module, inputs, layers, make)
+    return make() if cache is None else cache.once(module, inputs, layers, make, kind)
 
 
 def _current() -> TextCache | None:
@@ -115,7 +119,9 @@ def _current() -> TextCache | None:
 def by_rows(made: Tensor, source: Tensor) -> Tensor:
     """``made``, whose rows were made of the last rows of ``source`` one by one: equal rows stayed equal."""
     cache = _current()
-    if cache is not None and id(source) in cache._constants and id(made) in cache._constants:
+    if cache is None or source.device.type != "cpu":
+        return made  # rows are counted where `shortened` asks for it
+    if id(source) in cache._constants and id(made) in cache._constants:
         cache._words[id(made)] = made.shape[1] - source.shape[1] + cache.words(source)
     return made
 
@@ -128,7 +134,7 @@ def shortened(text: Tensor, start: int = 0) -> tuple[int, Tensor | None]:
     """
     total = text.shape[1] - start
     cache = _current()
-    if cache is None or text.device.type != "cpu" or id(text) not in cache._constants:
+    if cache is None or start < 0 or text.device.type != "cpu" or id(text) not in cache._constants:
         return total, None
     words = max(cache.words(text) - start, 0)
     # Attention on whole vectors is faster than on fewer rows.

@@ -20,7 +20,7 @@ def multiplies_bf16() -> bool:
     With AMX, which the compiled kernel does not use, PyTorch multiplies tiles.
     """
     level = _native.part("attention_level")
-    if level is None or level(torch.empty(0, dtype=torch.bfloat16)) != "avx512_bf16":
+    if level is None or level(torch.empty(0, dtype=torch.bfloat16, device="cpu")) != "avx512_bf16":
         return False
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return has_amx is not None and not has_amx()

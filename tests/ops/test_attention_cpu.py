@@ -289,3 +289,11 @@ def test_auto_takes_what_is_faster(monkeypatch):
             assert first(dtype, **padded) == "cpu"
     why = dispatch.explain(op, torch.device("cpu"), torch.float32, op.bind(**_dense(24, 1, 4, torch.float32)))
     assert why[0][0] == "sdpa" and why[0][2].endswith("; PyTorch's first for dense attention")
+
+
+def test_a_scale_below_floats_and_no_tokens():
+    x = torch.randn(1, 8, 2, 16)
+    out = pv.spacetime_attention(x, x, x, grid=(2, 2, 2), scale=1e-50, impl="cpu")
+    assert torch.allclose(out, x.mean(1, keepdim=True).expand_as(x), atol=1e-6)
+    empty = torch.randn(1, 3, 0, 5)
+    assert pv.vae_attention(empty, empty, empty, impl="cpu").shape == empty.shape

@@ -329,3 +329,12 @@ def test_configurations_that_no_kernel_takes():
     assert "`block_c` must cover 128" in select.illegal(narrow, "sm_90", width=128, itemsize=2)
     # Pixels of more than 1024 channels are split: a block covers what it can.
     assert select.illegal(GroupNormConfig(1024, 2, 2, 8, 4), "sm_90", width=4096, itemsize=2) is None
+
+
+def test_cpu_kernel_leaves_nothing_of_a_large_mean_in_a_flat_group():
+    from pyvideo_kernels import _native
+
+    if not _native.available():
+        pytest.skip("the extension was not built here")
+    x = torch.full((1, 1, 1, 64, 64), 10048.0, dtype=torch.bfloat16)
+    assert not pv.group_norm_silu(x, None, None, groups=32, eps=1e-5, silu=False, impl="cpu").any()

@@ -356,3 +356,8 @@ def test_empty_sequence():
     q = torch.zeros(2, 0, 2, 8, device=helpers.DEVICE)
     for impl in ("reference", "triton"):
         assert pv.qk_norm_rope(q, q, impl=impl)[0].shape == (2, 0, 2, 8)
+
+
+def test_tokens_without_heads():
+    q, weight = torch.randn(2, 3, 0, 64), torch.randn(64)
+    assert pv.qk_norm_rope(q, q, weight, weight, norm="per_head")[0].shape == q.shape

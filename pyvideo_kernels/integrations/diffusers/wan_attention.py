@@ -138,7 +138,9 @@ def cross_attention_forward(
             self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
         )
         return out
-    made = once(self, (text,), _text_layers(self), functools.partial(_text_keys, self, text, attention_mask is None))
+    # A mask, or another backend, is of this call: it wants every row of the text.
+    short = attention_mask is None and _native(self.processor)
+    made = once(self, (text,), _text_layers(self), functools.partial(_text_keys, self, text, short), kind=int(short))
     query = self.norm_q(self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
     image_out = None
     if made.image_key is not None and made.image_value is not None:
@@ -162,7 +164,7 @@ class _TextKeys(NamedTuple):
 
 def _text_keys(attn: WanAttention, text: Tensor, may_shorten: bool) -> _TextKeys:
     start = 0 if attn.add_k_proj is None else text.shape[1] - _TEXT_TOKENS
-    rows, mask = shortened(text, start) if may_shorten and _native(attn.processor) else (text.shape[1] - start, None)
+    rows, mask = shortened(text, start) if may_shorten else (text.shape[1] - start, None)
     own = text[:, start : start + rows]
     key, value = attn.to_kv(own).chunk(2, dim=-1) if attn.fused_projections else (attn.to_k(own), attn.to_v(own))
     heads = (attn.heads, -1)

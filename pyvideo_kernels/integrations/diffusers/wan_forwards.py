@@ -166,6 +166,8 @@ def _odd_projection(module: nn.Linear | nn.Conv3d, inputs: Tensor) -> str | None
         reason = "autocast chooses the dtype of the projection"
     elif reason is None and inputs.dtype != module.weight.dtype:
         reason = "weight and activation of different dtypes"
+    elif reason is None and module.weight.shape[-1] > 1 and module.weight.stride(-1) != 1:
+        reason = "weight with a strided last dimension"
     return reason
 
 
