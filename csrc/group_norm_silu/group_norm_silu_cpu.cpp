@@ -304,7 +304,7 @@ struct Apply {
   Latent scale;
   Latent shift;
   Walk walk;
-  static constexpr int kScratch = 7;
+  static constexpr int kScratch = 6;
 };
 
 // What is applied to a sample's channels.
