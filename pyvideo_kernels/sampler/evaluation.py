@@ -144,9 +144,7 @@ def _watched(models: Iterable[Any]) -> str | None:
 
 def is_compiled(model: Any) -> bool:
     """Whether torch.compile is on a model or on a part of it."""
-    if hasattr(model, "_orig_mod"):
-        return True
-    return any(module._compiled_call_impl is not None for module in model.modules())
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
 
 
 def evaluating(pipe: Any) -> Any:
@@ -175,10 +173,10 @@ def _plain(pipe: Any) -> bool:
     for model in getattr(pipe, "components", {}).values():
         if not isinstance(model, nn.Module):
             continue
-        if hasattr(model, "_orig_mod"):
+        if is_compiled(model):
             return False
         for module in model.modules():
-            if managed(module) or module._compiled_call_impl is not None:
+            if managed(module):
                 return False
             for parameter in module._parameters.values():
                 if parameter is not None and type(parameter) not in (nn.Parameter, torch.Tensor):

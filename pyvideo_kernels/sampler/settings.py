@@ -166,9 +166,15 @@ def _fits(value: Any, kind: str) -> bool:
     return isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
+_SWITCHES = ("guidance_batch", "text_kv_cache")
+"""Options whose choices are `AUTO_ON_OFF`."""
+
+
 def _typed(where: str, key: str, value: Any, kind: str) -> Any:
     if value is None:
         return None
+    if isinstance(value, bool) and key.replace("-", "_") in _SWITCHES:
+        value = "on" if value else "off"  # YAML reads a bare on or off as a boolean
     if not _fits(value, kind):
         raise UsageError(f"{where}: {key} must be of type {_NAMES.get(kind, kind)}; got {value!r}")
     return float(value) if kind == "float" else value

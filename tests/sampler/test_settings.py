@@ -152,6 +152,12 @@ def test_config_keys_are_option_names(tmp_path: Path) -> None:
         read_config(tmp_path / "none.yaml")
 
 
+def test_config_takes_a_bare_on_and_off(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("guidance-batch: on\ntext-kv-cache: off\n")
+    assert read_config(file) == {"guidance_batch": "on", "text_kv_cache": "off"}
+
+
 def test_every_setting_is_a_config_key_and_lines_set_a_subset() -> None:
     fields = {f.name for f in dataclasses.fields(Settings)}
     assert set(PER_LINE) < fields
