@@ -181,6 +181,13 @@ def test_hooks_and_caches_get_the_two_calls_they_know(pipe: Any) -> None:
         assert isinstance(evaluation.evaluating(pipe), torch.no_grad)
     finally:
         transformer._compiled_call_impl = None
+    block = transformer.blocks[0]
+    transformer.blocks[0] = torch.compile(block, backend="eager")
+    try:
+        assert why() == "two calls: the model is compiled"
+        assert isinstance(evaluation.evaluating(pipe), torch.no_grad)
+    finally:
+        transformer.blocks[0] = block
     processor = transformer.blocks[0].attn2.processor
     transformer.blocks[0].attn2.processor = type("Mine", (), {"__call__": lambda self, attn, x, *_: x})()
     assert why() == "two calls: blocks.0.attn2 has a Mine"
